@@ -607,14 +607,14 @@ class Pretraining:
     vae_crop: int = 64              # px
     vae_lr: float = 1.5e-3
     kl: float = 1e-5                # weight of the KL term, mean over the latents' elements
-    unet_steps: int = 8000
+    unet_steps: int = 5000
     unet_batch: int = 16
     unet_crop: int = 96             # px
     unet_lr: float = 4e-4
     ema: float = 0.999
     drop_caption: float = 0.1       # share of empty captions: the null prompt
     teacher_photos: int = 9000      # of the original domain
-    teacher_steps: int = 3000
+    teacher_steps: int = 2000
     teacher_batch: int = 16
     teacher_crop: int = 96          # px
     teacher_lr: float = 1e-3

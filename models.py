@@ -1,11 +1,11 @@
-"""The networks: `Restorer` (teacher and student), and a frozen Stable Diffusion behind five plain functions.
+"""The networks: `Restorer` (teacher and student), and a frozen Stable Diffusion as plain functions.
 
-symbol          in code             shape, range
-x               image               (B,3,H,W) in [0,1]
-z = E(x)        sd.encode(image)    (B,C,H/f,W/f), scaled to about unit variance by the VAE's own factor
-D(z)            sd.decode(latents)  (B,3,H,W) in [0,1]
-eps_theta       sd.predict_noise    (z_t, t, prompts) -> (B,C,H/f,W/f); whatever the U-Net predicts: eps or v
-P               prompts             (B,N,d), d = the U-Net's cross-attention width
+symbol      in code            shape, range
+x           image              (B,3,H,W) in [0,1]
+z = E(x)    sd.encode          (B,C,H/f,W/f), scaled to about unit variance by the VAE's own factor
+D(z)        sd.decode          (B,3,H,W) in [0,1]
+eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps, or v, as the U-Net has it
+P           prompts            (B,N,d), d = the U-Net's cross-attention width
 """
 import ast
 import importlib.util
@@ -34,7 +34,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """NAFNet's block (Chen et al. 2022): two residual parts without any activation but the simple gate a * b."""
+    """NAFNet's block (Chen et al. 2022): two residual parts, nonlinear by the simple gate a * b."""
 
     def __init__(self, c):
         super().__init__()
@@ -58,17 +58,18 @@ class Block(nn.Module):
 
 
 class Restorer(nn.Module):
-    """A NAFNet-style U-Net with a global residual (Chen et al. 2022): a degraded photo to a clean one.
+    """A NAFNet-style U-Net with a global residual (Chen et al. 2022): a degraded photo to a clean
+    one. A small one, our choice: the paper's networks are not known to us.
 
-    width: channels at full resolution, doubled at each of the len(encoder) levels; encoder, decoder: blocks a level;
-    middle: blocks at the bottom. Ours is a small one: the paper's networks are not known to us.
+    width: channels at full resolution, doubled at each level. encoder, decoder: blocks a level.
+    middle: blocks at the bottom. Raises ValueError where encoder and decoder differ in levels.
     """
 
     def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1)):
         super().__init__()
         if len(encoder) != len(decoder):
-            raise ValueError(f"encoder and decoder need as many levels: {encoder} against {decoder}")
-        self.config = {"width": width, "encoder": list(encoder), "middle": middle, "decoder": list(decoder)}
+            raise ValueError(f"encoder and decoder need as many levels: {encoder}, {decoder}")
+        self.config = dict(width=width, encoder=list(encoder), middle=middle, decoder=list(decoder))
         self.multiple = 2 ** len(encoder)
         blocks = lambda c, n: nn.Sequential(*[Block(c) for _ in range(n)])
         widths = [width * 2 ** i for i in range(len(encoder) + 1)]
@@ -76,19 +77,20 @@ class Restorer(nn.Module):
         self.encoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, encoder))
         self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in widths[:-1])
         self.middle = blocks(widths[-1], middle)
-        self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * c, 4 * c, 1, bias=False), nn.PixelShuffle(2))
-                                 for c in reversed(widths[:-1]))
-        self.decoders = nn.ModuleList(blocks(c, n) for c, n in zip(reversed(widths[:-1]), decoder))
+        widths = widths[-2::-1]
+        self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * c, 4 * c, 1, bias=False),
+                                               nn.PixelShuffle(2)) for c in widths)
+        self.decoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, decoder))
         self.ending = nn.Conv2d(width, 3, 3, padding=1)
         nn.init.zeros_(self.ending.weight)
         nn.init.zeros_(self.ending.bias)                   # starts as the identity
 
     def forward(self, image):
-        """image: (B,3,H,W) in [0,1], any H and W. Returns the restored (B,3,H,W), about [0,1]: clamp it to save it."""
+        """image: (B,3,H,W) in [0,1], any H and W. Returns the restored (B,3,H,W), in about [0,1]:
+        clamp it to save it."""
         height, width = image.shape[-2:]
-        x = pad_to_multiple(image, self.multiple)
-        padded, skips = x, []
-        x = self.intro(x)
+        padded, skips = pad_to_multiple(image, self.multiple), []
+        x = self.intro(padded)
         for encoder, down in zip(self.encoders, self.downs):
             x = encoder(x)
             skips.append(x)
@@ -100,49 +102,56 @@ class Restorer(nn.Module):
 
 
 def pad_to_multiple(image, multiple):
-    """Pads (B,C,H,W) at the right and bottom to a multiple, by reflection where the photo is large enough for it."""
+    """Pads (B,C,H,W) right and below to a multiple, by reflection where the photo is large."""
     height, width = image.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
-    return F.pad(image, (0, right, 0, bottom), mode="reflect" if bottom < height and right < width else "replicate")
+    mode = "reflect" if bottom < height and right < width else "replicate"
+    return F.pad(image, (0, right, 0, bottom), mode=mode)
 
 
 # ---------------------------------------------------------------- saving and loading restorers
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def save_restorer(model, path):
-    """Writes a Restorer as safetensors in fp16, its architecture in the metadata: the file says what it is."""
+    """Writes a Restorer as safetensors in fp16, its architecture in the metadata."""
     state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
-    temporary = Path(path).with_suffix(".tmp")
-    save_file(state, temporary, metadata={"restorer": json.dumps(model.config)})
-    os.replace(temporary, path)
+    save_file(state, f"{path}.tmp", metadata={"restorer": json.dumps(model.config)})
+    os.replace(f"{path}.tmp", path)
 
 
 def load_restorer(spec, device="cpu", multiple=1):
-    """A frozen restoration network, in eval mode.
+    """A frozen restoration network, in eval mode: an nn.Module, (B,3,H,W) in [0,1] to the same.
 
-    spec: a `.safetensors` written by `save_restorer`, or `FILE.py:NAME@WEIGHTS`: NAME is a class or a function in
-      FILE.py that returns an nn.Module, with literal arguments if it needs any: `NAME(width=48, blocks=[4, 6])`;
-      WEIGHTS is a state_dict in any of the usual wrappings (see `read_weights`).
+    spec: a `.safetensors` written by `save_restorer`, or `FILE.py:NAME@WEIGHTS`. NAME is a class or
+      function in FILE.py that returns an nn.Module, with keyword literals if it needs arguments,
+      `NAME(width=48, blocks=[4, 6])`; WEIGHTS is a state_dict in any of the usual wrappings.
     multiple: foreign networks get their input padded by reflection to a multiple of this.
-    Returns an nn.Module, (B,3,H,W) in [0,1] to the same. Raises ValueError for what can't be found, read or matched.
+    Raises ValueError for what can't be found, read or matched.
     """
     foreign = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(\(.*\))?@(.+)", str(spec))
     if foreign:
         file, name, arguments, weights = foreign.groups()
         model = Foreign(build(Path(file), name, arguments or "()"), multiple)
         load_matching(model.network, read_weights(Path(weights)), weights)
-    else:
-        if not Path(spec).is_file():
-            raise ValueError(f"{spec}: no such file (a teacher is a .safetensors of this project or FILE.py:NAME@WEIGHTS)")
-        try:
-            with safe_open(spec, "pt") as file:
-                config = json.loads((file.metadata() or {})["restorer"])
-                state = {k: file.get_tensor(k) for k in file.keys()}
-        except KeyError:
-            raise ValueError(f"{spec}: its metadata names no restorer; give a network of yours as FILE.py:NAME@WEIGHTS") from None
-        except Exception as error:                         # safetensors raises its own, private kinds
-            raise ValueError(f"{spec}: not a readable .safetensors file ({error})") from None
-        model = Restorer(**config)
-        load_matching(model, state, spec)
+        return model.requires_grad_(False).eval().to(device)
+    if not Path(spec).is_file():
+        raise ValueError(f"{spec}: no such file (a network is a .safetensors of this project or "
+                         "FILE.py:NAME@WEIGHTS)")
+    try:
+        with safe_open(spec, "pt") as file:
+            config = (file.metadata() or {}).get("restorer")
+            state = {k: file.get_tensor(k) for k in file.keys()}
+    except Exception as error:                             # safetensors raises private kinds
+        raise ValueError(f"{spec}: not a readable .safetensors ({first_line(error)})") from None
+    if config is None:
+        raise ValueError(f"{spec}: its metadata names no Restorer; give a network of your own as "
+                         "FILE.py:NAME@WEIGHTS")
+    model = Restorer(**json.loads(config))
+    load_matching(model, state, spec)
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
@@ -154,77 +163,92 @@ class Foreign(nn.Module):
         self.network, self.multiple = network, multiple
 
     def forward(self, image):
-        padded = pad_to_multiple(image, self.multiple)
+        padded = pad_to_multiple(image, self.multiple).contiguous()
         try:
             output = self.network(padded)
-        except RuntimeError as error:
-            raise ValueError(f"the teacher can't take {tuple(padded.shape)}: {str(error).splitlines()[0]} "
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                         # it is anyone's code
+            raise ValueError(f"the teacher can't take {tuple(padded.shape)}: {first_line(error)} "
                              "(does it need a larger --teacher-multiple?)") from error
         output = output[0] if isinstance(output, (tuple, list)) else output
-        if getattr(output, "shape", None) != padded.shape:
-            raise ValueError(f"the teacher turns {tuple(padded.shape)} into {tuple(getattr(output, 'shape', ()))}; "
-                             "it must keep the shape, or need another --teacher-multiple")
+        shape = tuple(getattr(output, "shape", ()))
+        if shape != tuple(padded.shape):
+            raise ValueError(f"the teacher turns {tuple(padded.shape)} into {shape}: it must keep "
+                             "the shape (does it need another --teacher-multiple?)")
         return output[..., :image.shape[-2], :image.shape[-1]]
 
 
 def build(file, name, arguments):
-    """FILE.py's NAME, called with literal arguments '(a=1, b=[2, 3])'."""
+    """FILE.py's NAME, called with keyword literals: '(a=1, b=[2, 3])'."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body
-        if call.args or any(k.arg is None for k in call.keywords):
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("name every argument")
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}{arguments}: arguments must be keyword literals, as in {name}(width=48) ({error})") from None
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(file.resolve().parent))         # for the files that it imports beside it
-    try:
-        module_spec.loader.exec_module(module)
+        raise ValueError(f"{name}{arguments}: arguments must be keyword literals, as in "
+                         f"{name}(width=48) ({first_line(error)})") from None
+    spec = importlib.util.spec_from_file_location(f"_teacher_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    ours = {key: sys.modules.pop(key) for key in ("models", "evaluate") if key in sys.modules}
+    sys.modules[spec.name] = module                        # dataclasses look there
+    sys.path.insert(0, str(file.resolve().parent))         # for files that it imports beside it,
+    try:                                                   # a package `models` among them
+        spec.loader.exec_module(module)
         network = getattr(module, name)(**keywords)
-    except Exception as error:                             # it is anyone's code: say whose, and what
-        raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: {error}") from error
+    except Exception as error:                             # it is anyone's code: say whose
+        raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
+                         f"{first_line(error)}") from error
     finally:
         sys.path.pop(0)
+        sys.modules.update(ours)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{file}: {name} gives a {type(network).__name__}, not an nn.Module")
     return network
 
 
 def read_weights(path):
-    """The state_dict in a .safetensors or torch file: plain, or under 'params_ema', 'params', 'state_dict' or 'model'."""
+    """The state_dict in a .safetensors or torch file: plain, or under one of the usual keys."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        plain = path.suffix == ".safetensors"
+        state = load_file(path) if plain else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: it holds more than tensors and plain values, and running code from a checkpoint is "
-                         f"refused; save its state_dict alone ({str(error).splitlines()[0]})") from None
-    except Exception as error:                             # zip, pickle and safetensors each raise their own
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: it holds more than tensors and plain values, and code in a "
+                         "checkpoint is refused; save its state_dict alone "
+                         f"({first_line(error)})") from None
+    except Exception as error:                             # zip, pickle, safetensors: each its own
+        raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     for key in ("params_ema", "params", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+    tensors = isinstance(state, dict) and {k: v for k, v in state.items() if torch.is_tensor(v)}
+    if not tensors:
         raise ValueError(f"{path}: no state_dict in it")
-    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return tensors
 
 
 def load_matching(model, state, source):
-    """Loads a state_dict whose keys may all carry one prefix ('module.', 'net.', ...). Raises ValueError if any differs."""
+    """Loads a state_dict whose keys may all carry a prefix ('module.', 'net.', ...).
+
+    Raises ValueError, with names, where keys are missing or left over, or shapes differ.
+    """
     expected = model.state_dict()
     first = next(iter(expected), "")
     prefixes = {""} | {key[:-len(first)] for key in state if key.endswith("." + first)}
-    matches = lambda prefix: sum(prefix + key in state for key in expected)
-    prefix = max(sorted(prefixes), key=matches)
+    prefix = max(sorted(prefixes), key=lambda p: sum(p + key in state for key in expected))
     state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
-              for k in expected if k in state and state[k].shape != expected[k].shape]
-    problems = [f"{len(keys)} {what}, such as {', '.join(keys[:3])}" for what, keys in
-                (("keys are missing", missing), ("keys are unexpected", unexpected), ("shapes differ", shapes)) if keys]
+    shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}"
+              for k, v in expected.items() if k in state and state[k].shape != v.shape]
+    found = (("keys are missing", sorted(expected.keys() - state.keys())),
+             ("keys are unexpected", sorted(state.keys() - expected.keys())),
+             ("shapes differ", shapes))
+    problems = [f"{len(names)} {what}, such as {', '.join(names[:3])}"
+                for what, names in found if names]
     if problems:
         raise ValueError(f"{source}: its weights don't fit the network: {'; '.join(problems)}")
     model.load_state_dict(state)
@@ -234,20 +258,16 @@ def load_matching(model, state, source):
 
 @dataclass
 class StableDiffusion:
-    """A frozen Stable Diffusion 1.x or 2.x. Images in [0,1] outside, [-1,1] inside; converted here and nowhere else."""
+    """A frozen Stable Diffusion 1.x or 2.x. Images are in [0,1] outside and in [-1,1] inside:
+    converted here and nowhere else."""
     vae: nn.Module
     unet: nn.Module
     text_encoder: nn.Module
     tokenizer: object
-    scheduler_config: dict
-    alphas_cumprod: torch.Tensor        # (T,) float32 on the CPU: abar_t, from the model's own scheduler
+    prediction_type: str                # what eps_theta predicts: 'epsilon' or 'v_prediction'
+    alphas_cumprod: torch.Tensor        # (T,) float32 on the CPU: abar_t, the model's own
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def prediction_type(self):
-        """What eps_theta predicts: 'epsilon', or 'v_prediction' (Salimans and Ho 2022)."""
-        return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
     def width(self):
@@ -266,12 +286,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, image):
-        """image (B,3,H,W) in [0,1] to latents (B,C,H/f,W/f) float32: the posterior's mean, scaled by the VAE's config.
-
-        Raises ValueError where H or W is no multiple of f.
-        """
+        """image (B,3,H,W) in [0,1] to latents (B,C,H/f,W/f) float32: the posterior's mean, scaled
+        by the VAE's own config. Raises ValueError where H or W is no multiple of f."""
         if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
-            raise ValueError(f"height and width must be multiples of {self.factor}, not {tuple(image.shape[-2:])}")
+            raise ValueError(f"height and width must be multiples of {self.factor}, "
+                             f"not {tuple(image.shape[-2:])}")
         image = image.to(self.device, self.dtype, memory_format=torch.channels_last) * 2 - 1
         z = self.vae.encode(image).latent_dist.mode().float()
         return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
@@ -280,23 +299,24 @@ class StableDiffusion:
     def decode(self, latents):
         """latents (B,C,h,w) to image (B,3,f h,f w) float32, clamped to [0,1]."""
         z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        image = self.vae.decode(z.to(self.device, self.dtype, memory_format=torch.channels_last)).sample
-        return ((image.float() + 1) / 2).clamp(0, 1)
+        z = z.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return ((self.vae.decode(z).sample.float() + 1) / 2).clamp(0, 1)
 
     def predict_noise(self, z_t, t, prompts):
-        """eps_theta(z_t, t, P): z_t (B,C,h,w), t int or (B,), prompts (B,N,d) to (B,C,h,w) float32. Differentiable."""
+        """eps_theta: z_t (B,C,h,w), t int or (B,), prompts (B,N,d) to (B,C,h,w) float32.
+        Differentiable in the prompts."""
         z_t = z_t.to(self.device, self.dtype, memory_format=torch.channels_last)
         return self.unet(z_t, t, prompts.to(self.device, self.dtype)).sample.float()
 
     @torch.no_grad()
     def text_prompt(self, text, tokens=None):
-        """A text, or a list of B, to prompts (B,tokens,d) float32; tokens: by default all that the model takes."""
+        """A text, or a list of B, to prompts (B,tokens,d) float32; all tokens by default."""
         limit = self.text_encoder.config.max_position_embeddings
-        if not 1 <= (tokens or limit) <= limit:
-            raise ValueError(f"this Stable Diffusion takes 1 to {limit} tokens, not {tokens}")
-        ids = self.tokenizer([text] if isinstance(text, str) else list(text), padding="max_length", truncation=True,
-                             max_length=tokens or limit, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
+        if not 2 <= (tokens or limit) <= limit:
+            raise ValueError(f"this Stable Diffusion takes 2 to {limit} tokens, not {tokens}")
+        ids = self.tokenizer([text] if isinstance(text, str) else list(text), truncation=True,
+                             padding="max_length", max_length=tokens or limit, return_tensors="pt")
+        return self.text_encoder(ids.input_ids.to(self.device)).last_hidden_state.float()
 
     def null_prompt(self, tokens=None):
         """The empty text's prompt (1,tokens,d), as diffusers' pipelines make it for guidance."""
@@ -304,38 +324,43 @@ class StableDiffusion:
 
 
 def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
-    """Loads SD 1.x or 2.x from a folder in diffusers' layout or from a hub id, freezes it, and casts it to `dtype`.
+    """Loads SD 1.x or 2.x from a folder in diffusers' layout or from a hub id, and freezes it.
 
-    Raises ValueError for what is no such model: a folder without its parts, SDXL, an inpainting U-Net.
+    Raises ValueError for what is no such model: parts missing, SDXL, an inpainting U-Net.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-    where, parts = str(path_or_id), {}
-    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
-        for variant in (None, "fp16"):                     # some folders hold the half-precision files alone
+    where, parts, options = str(path_or_id), {}, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    for name, kind in kinds.items():
+        for variant in (None, "fp16"):                     # some hold half-precision files alone
             try:
-                parts[name] = kind.from_pretrained(where, subfolder=name, torch_dtype=dtype, variant=variant, low_cpu_mem_usage=False)
+                part = kind.from_pretrained(where, subfolder=name, variant=variant, **options)
+                parts[name] = part.requires_grad_(False).eval().to(device)
                 break
-            except Exception as error:                     # missing, no network, broken, another architecture
-                reason = reason if variant else str(error).strip().splitlines()[0]
+            except Exception as error:                     # missing, broken, of another kind
+                reason = reason if variant else first_line(error)
         else:
-            raise ValueError(f"{where}: no Stable Diffusion 1.x or 2.x in diffusers' layout; its {name} can't be loaded: {reason}")
+            raise ValueError(f"{where}: no Stable Diffusion 1.x or 2.x in diffusers' layout; its "
+                             f"{name} can't be loaded: {reason}")
     try:
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(where, subfolder="scheduler")
     except Exception as error:
-        raise ValueError(f"{where}: its tokenizer or scheduler can't be loaded: {str(error).strip().splitlines()[0]}") from None
-    unet, vae = parts["unet"].config, parts["vae"].config
+        raise ValueError(f"{where}: its tokenizer or scheduler can't be loaded: "
+                         f"{first_line(error)}") from None
+    unet, vae, text = (parts[name].config for name in kinds)
     if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"{where}: its U-Net takes {unet.in_channels} channels and its VAE makes {vae.latent_channels}: "
-                         "an inpainting or depth model; a plain SD 1.x or 2.x is needed")
-    if unet.addition_embed_type or unet.cross_attention_dim != parts["text_encoder"].config.hidden_size:
-        raise ValueError(f"{where}: its U-Net needs more than one text encoder's tokens (SDXL?); SD 1.x or 2.x is needed")
+        raise ValueError(f"{where}: its U-Net takes {unet.in_channels} channels and its VAE makes "
+                         f"{vae.latent_channels} (inpainting?); plain SD 1.x or 2.x is needed")
+    if unet.addition_embed_type or unet.cross_attention_dim != text.hidden_size:
+        raise ValueError(f"{where}: its U-Net reads other tokens than its text encoder makes "
+                         "(SDXL?); SD 1.x or 2.x is needed")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{where}: prediction type {scheduler.config.prediction_type!r} is not supported")
-    for name in ("unet", "vae", "text_encoder"):
-        parts[name].requires_grad_(False).eval().to(device)
+        raise ValueError(f"{where}: its U-Net predicts {scheduler.config.prediction_type!r}, which "
+                         "is not supported")
     for name in ("unet", "vae"):
         parts[name].to(memory_format=torch.channels_last)
-    return StableDiffusion(**parts, scheduler_config=dict(scheduler.config), alphas_cumprod=scheduler.alphas_cumprod,
+    return StableDiffusion(**parts, prediction_type=scheduler.config.prediction_type,
+                           alphas_cumprod=scheduler.alphas_cumprod.clamp(min=2 ** -24),
                            device=torch.device(device), dtype=dtype)
