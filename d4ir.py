@@ -44,7 +44,7 @@ from synth import SCHEDULERS, SynthConfig, inputs, start_timestep, synthesize_fo
 
 # What each stage leaves in the run folder; the first is there when it is finished.
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt"), "synth": ("synth.png", "synth"),
-            "distill": ("student.safetensors", "student.pt"),
+            "distill": ("student.safetensors", "student.pt", "student.pt2", "student.onnx"),
             "evaluate": ("metrics.json", "metrics.md", "metrics.csv", "figure.png", "restored")}
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -193,9 +193,11 @@ def settle(run, stages):
               for stage in kept if stage != "evaluate" for key, value in now[stage].items()
               if old[stage].get(key) != value]
     if differ:
-        raise ValueError(f"{run.out} was made with other settings: {'; '.join(differ)}. Give "
-                         "another --out, or --restart to begin anew")
-    if old and ("evaluate" in (run.args.stage or ()) or old["evaluate"] != now["evaluate"]):
+        raise ValueError(f"{run.out} was made with other settings: {'; '.join(differ)}. Give the "
+                         "same ones, or another --out, or --restart to begin anew")
+    if "evaluate" not in stages:
+        now["evaluate"] = old["evaluate"] if old else now["evaluate"]
+    elif run.args.stage or old and old["evaluate"] != now["evaluate"]:
         anew.append("evaluate")
     run.wait()                                             # all have looked; now it changes
     if run.main:
@@ -218,7 +220,7 @@ def write_text(path, text):
 
 
 def from_demo(run):
-    """What was left out comes from the demo: its photos go to OUT/demo, read like anybody's."""
+    """What was left out comes from the demo, whose photos are read like anybody's."""
     args = run.args
     missing = [flag for flag in ("degraded", "clean", "test") if getattr(args, flag) is None]
     embedded = missing + [flag for flag in ("sd", "teacher")
@@ -230,9 +232,9 @@ def from_demo(run):
             import demo
         except ImportError:
             raise ValueError(f"no demo.py: give --{' and --'.join(missing)}") from None
-        demo.write_photos(run.out / "demo", args.task, missing)
+        demo.write_photos(run.out / "demo" / args.task, args.task, missing)
     for flag in missing:
-        setattr(args, flag, run.out / "demo" / flag)
+        setattr(args, flag, run.out / "demo" / args.task / flag)
     run.wait()
 
 
@@ -324,7 +326,7 @@ def run_evaluate(run, teacher, pairs):
     models = {"input": None, "teacher": teacher, "student": student}
     found = {who: evaluate(model, pairs, tile=args.tile, label=f"{who:8s}")
              for who, model in models.items()}
-    metrics = {"task": args.task} | report(models, found, pairs)
+    metrics = {"task": args.task} | report(models, found, pairs) | {"tile": args.tile}
     with open(run.out / "metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "image"] + [f"{who}_{key}" for who in found for key in METRICS])
@@ -351,10 +353,12 @@ def restore_files(model, source, folder, tile):
     root, done = source if source.is_dir() else source.parent, 0
     if not files:
         raise ValueError(f"{source}: no image file in it (png, jpg, bmp, webp, tif)")
-    for file in tqdm(files, "restore ", disable=None):
-        target = folder / file.relative_to(root).with_suffix(".png")
-        if target.exists() and any(target.samefile(other) for other in files):
-            raise ValueError(f"{target} is one of the photos to restore: give another --output")
+    targets = [folder / file.relative_to(root).with_suffix(".png") for file in files]
+    if clash := {t.resolve() for t in targets} & {file.resolve() for file in files}:
+        raise ValueError(f"{clash.pop()} is one of the photos to restore: give another --output")
+    for file, target in zip(tqdm(files, "restore ", disable=None), targets):
+        if targets.count(target) > 1:                      # photo.jpg beside photo.png
+            target = target.with_name(f"{file.name}.png")
         try:
             photo = read_image(file)
         except ValueError as error:
@@ -379,12 +383,12 @@ def run_restore(run):
 
 
 def run_export(run):
-    """student.pt2: a torch.export program for any height and width that are multiples of 8 (the
+    """student.pt2: a torch.export program for any height and width that are multiples of 16 (the
     caller pads: torch.export can't follow a padding that may be 0); student.onnx where onnx is."""
     student = load_restorer(run.out / "student.safetensors")
-    m, example = student.multiple, torch.rand(1, 3, 72, 96)
-    sizes = {2: m * torch.export.Dim("rows", min=2, max=2048),
-             3: m * torch.export.Dim("columns", min=2, max=2048)}
+    m, example = student.multiple, torch.rand(1, 3, 80, 96)
+    sizes = {2: m * torch.export.Dim("rows", min=2, max=1024),
+             3: m * torch.export.Dim("columns", min=2, max=1024)}
     program = torch.export.export(student, (example,), dynamic_shapes={"image": sizes})
     torch.export.save(program, run.out / "student.tmp.pt2")
     os.replace(run.out / "student.tmp.pt2", run.out / "student.pt2")
@@ -401,7 +405,8 @@ def main(argv=None):
     args = parse(argv)
     run = Run(args)
     if args.stage in (["restore"], ["export"]):
-        return {"restore": run_restore, "export": run_export}[args.stage[0]](run)
+        alone = {"restore": run_restore, "export": run_export}[args.stage[0]]
+        return alone(run) if run.main else None
 
     # What is wrong is said before the long work.
     for flag in ("degraded", "clean", "test"):
@@ -415,17 +420,18 @@ def main(argv=None):
     own = isinstance(teacher, Restorer)
     args.student_width = args.student_width or (max(1, teacher.config["width"] // 2) if own else 32)
     stages = [stage for stage in PRODUCTS if stage in (args.stage or PRODUCTS)]
-    needs = {"synth": "adapter", "distill": "synth", "evaluate": "distill"}.get(stages[0])
-    if needs and not run.finished(needs):
-        raise ValueError(f"--stage {stages[0]} needs {run.out / PRODUCTS[needs][0]}: run --stage "
-                         f"{needs} first")
+    for need, stage in zip(PRODUCTS, list(PRODUCTS)[1:]):
+        if stage in stages and need not in stages and not run.finished(need):
+            raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[need][0]}: run --stage "
+                             f"{need} first")
     sd = None
     if any(s in ("adapter", "synth") and (args.restart or not run.finished(s)) for s in stages):
         sd = load_stable_diffusion(args.sd, run.device, run.dtype)
         start_timestep(sd, args.strength, args.steps)
         sd.null_prompt(args.tokens)
         if (args.size or sd.size) % (8 * sd.factor):
-            raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not {args.size}")
+            raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not "
+                             f"{args.size or sd.size}")
 
     settle(run, stages)
     from_demo(run)
@@ -465,7 +471,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command, without --restart, goes on from here")
     except torch.OutOfMemoryError as error:
         sys.stderr.write("d4ir.py: error: out of memory: lower --adapter-batch, --batch, "
                          f"--distill-batch or --tile ({first_line(error)})\n")

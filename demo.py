@@ -44,15 +44,15 @@ class Weather:
     airlight: tuple = (0.75, 1.0)       # brightness of the haze
     tint: float = 0.02                  # colour cast of the haze, +- each channel
     uneven: float = 0.0                 # 0: uniform; 1: the weather's density varies from none to double
-    flakes: tuple = (0.02, 0.12)        # snow: part of the photo that flakes cover
+    flakes: tuple = (0.03, 0.15)        # snow: part of the photo that flakes cover
     flake_size: tuple = (0.7, 2.2)      # px, radius of the middle layer; others half to double
     flake_blur: tuple = (0.0, 3.0)      # px, motion of the middle layer during exposure
     flake_opacity: tuple = (0.6, 1.0)
-    streaks: tuple = (0.02, 0.10)       # rain: part of the photo that streaks cover
+    streaks: tuple = (0.05, 0.20)       # rain: part of the photo that streaks cover
     streak_length: tuple = (14.0, 60.0)  # px
     streak_width: tuple = (0.6, 1.2)    # px
     streak_angle: float = 30.0          # degrees from the vertical, at most
-    streak_opacity: tuple = (0.3, 0.8)
+    streak_opacity: tuple = (0.4, 0.9)
     veil: tuple = (0.0, 0.0)            # 1/m, haze that comes with rain and snow
     mixed: float = 0.0                  # chance that other falling weather is in the photo too, thinner
     exposure: float = 0.0               # brightness and contrast, +- this part
@@ -607,16 +607,16 @@ class Pretraining:
     vae_crop: int = 64              # px
     vae_lr: float = 1.5e-3
     kl: float = 1e-5                # weight of the KL term, mean over the latents' elements
-    unet_steps: int = 5000
+    unet_steps: int = 3000
     unet_batch: int = 16
     unet_crop: int = 96             # px
     unet_lr: float = 4e-4
     ema: float = 0.999
     drop_caption: float = 0.1       # share of empty captions: the null prompt
     teacher_photos: int = 9000      # of the original domain
-    teacher_steps: int = 2000
+    teacher_steps: int = 7000
     teacher_batch: int = 16
-    teacher_crop: int = 96          # px
+    teacher_crop: int = 64          # px
     teacher_lr: float = 1e-3
     save_every: int = 250           # steps
     seed: int = 0
@@ -905,7 +905,7 @@ def train_teacher(config, work, device, autocast):
     from models import Restorer
     photos, _ = render(work / "original", "original", config.teacher_photos, KINDS, "original", config.size, True)
     torch.manual_seed(config.seed)
-    teacher = Restorer(width=32)
+    teacher = Restorer(width=40)
     trainer = Trainer("teacher", {"teacher": teacher}, config.teacher_lr, config.teacher_steps, work, config, device)
     source = batches(photos, config.teacher_batch, config.teacher_crop, np.random.default_rng([config.seed, trainer.start]))
     for i in range(trainer.start, trainer.steps):

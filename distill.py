@@ -24,7 +24,7 @@ from tqdm import tqdm
 @dataclass
 class DistillConfig:
     """PKD, the distillation. All values are our choice; the paper's are not known to us."""
-    steps: int = 1000           # updates
+    steps: int = 1500           # updates
     batch: int = 16             # crops an update, of each process
     crop: int = 0               # px; 0: two thirds of the image's side, at most 256
     lr: float = 2e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 1 %

@@ -152,16 +152,16 @@ def find_pairs(folder):
     photos that no ground truth lies beside. Raises ValueError, with the names, where there is
     nothing, more than one way to take it, or a photo without partner.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     sets = sets_below(folder, 3)
     if not sets and folder.name.lower() in DEGRADED | TRUTH:
-        sets = sets_below(Path(os.path.abspath(folder)).parent, 0)
+        sets = sets_below(folder.parent, 0)
     if not sets and not list_images(folder, recursive=True):
         raise ValueError(f"{folder}: no image file in it, nor in folders in it")
     names = [os.path.relpath(os.path.commonpath(pair), folder) for pair in sets]
-    names = [name if name[0] != "." else Path(os.path.commonpath(pair)).resolve().name
+    names = [name if name[0] != "." else Path(os.path.commonpath(pair)).name
              for name, pair in zip(names, sets)]
     return [pair for name, (degraded, truth) in zip(names, sets)
             for pair in match(degraded, truth, Path(name).as_posix())]
@@ -361,7 +361,7 @@ def table(metrics):
             lines.append(f"| {prefix}{who} | {' | '.join(values)} |")
     ratio = " | ".join(f"{metrics['ratio'][key]:.1f}x" for key in COSTS)
     lines += [f"| teacher / student | | | | | {ratio} |", "",
-              f"{metrics['definitions']}. Cost at {metrics['cost_at']}. {metrics.get('note', '')}"]
+              f"{metrics['definitions']}. Cost at {metrics['cost_at']}. {metrics.get('note', '')}".strip()]
     return "\n".join(lines) + "\n"
 
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 class AdapterConfig:
     """DPA, the adapter's training. All values are our choice; the paper's are not known to us."""
     tokens: int = 8             # N, tokens in a prompt
-    steps: int = 300            # updates
+    steps: int = 200            # updates
     batch: int = 16             # crops an update, of each process
     lr: float = 1e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
     contrast: float = 0.1       # lambda, the weight of InfoNCE; 0: the diffusion loss alone
