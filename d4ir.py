@@ -287,7 +287,7 @@ def run_synth(run, sd, degraded, clean):
                       seed=run.args.seed, rank=run.rank, ranks=run.ranks)
     run.wait()
     if run.main:
-        shown = range(min(8, run.synth.images))
+        shown = range(min(5, run.synth.images))
         x_c, x_d = inputs(clean, degraded, run.synth.size or sd.size, run.args.seed, shown)
         made = [read_image(run.out / "synth" / f"{i:06d}.png") / 255 for i in shown]
         figure({"clean": x_c, "degraded (its weather is asked for)": x_d, "synthesized": made},

@@ -360,8 +360,8 @@ def table(metrics):
                       f"{m['ssim_y']:.4f}", *price]
             lines.append(f"| {prefix}{who} | {' | '.join(values)} |")
     ratio = " | ".join(f"{metrics['ratio'][key]:.1f}x" for key in COSTS)
-    lines += [f"| teacher / student | | | | | {ratio} |", "",
-              f"{metrics['definitions']}. Cost at {metrics['cost_at']}. {metrics.get('note', '')}".strip()]
+    notes = metrics["definitions"], f"Cost at {metrics['cost_at']}", metrics.get("note", "")
+    lines += [f"| teacher / student | | | | | {ratio} |", "", ". ".join(notes).rstrip(". ") + "."]
     return "\n".join(lines) + "\n"
 
 
