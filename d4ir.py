@@ -396,7 +396,7 @@ def run_export(run):
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         return run.say("no student.onnx: the packages onnx and onnxscript are not installed")
     torch.onnx.export(program, (), run.out / "student.tmp.onnx", dynamo=True, external_data=False,
-                      input_names=["image"], output_names=["restored"])
+                      input_names=["image"], output_names=["restored"], verbose=False)
     os.replace(run.out / "student.tmp.onnx", run.out / "student.onnx")
     run.say(f"written: {run.out / 'student.onnx'}")
 

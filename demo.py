@@ -358,7 +358,7 @@ def ground(view, kind):
         size = rng.uniform(0.4, 1.2)
         joint = (u / size % 1 < 0.06) | (v / size % 1 < 0.06)
         colour = np.where((joint & (z < 25))[..., None], colour * 0.65, colour)
-    view.paint(where, np.ones(z.shape, bool) & (u == u), colour, v)
+    view.paint(where, np.ones(u.shape, bool), colour, v)
     if kind in ("grass", "soil", "sand") and rng.random() < 0.5 or kind == "asphalt":
         road(view, where, u, v, fine * near)
 
@@ -627,7 +627,7 @@ SPLITS = {name: i for i, name in enumerate(
 
 
 def photo(job):
-    """One photo of a split: (clean, degraded or None) uint8 (H,W,3) and caption phrases. `job`: (split, index, ...)."""
+    """One photo of a split: (clean or None, degraded), uint8 (H,W,3), and the caption's phrases."""
     split, index, kind, domain, height, width, need_clean = job
     rng = np.random.default_rng([SPLITS[split], index, 2409_03455])
     image, depth = scene(rng, height, width)
@@ -643,12 +643,14 @@ def quiet():
 
 
 def render(path, split, count, kinds, domain, size, need_clean):
-    """Renders photos on all cores into PATH.npz-like arrays on disk, once: (count,[2,]size,size,3) uint8 and captions."""
+    """Renders photos on all cores, once: PATH.npy (count,[2,]size,size,3) uint8, 2 for clean and
+    degraded, and PATH.json, the captions. Returns both."""
     from tqdm import tqdm
     data, captions = path.with_suffix(".npy"), path.with_suffix(".json")
-    if not captions.exists():
+    shape = (count, 2, size, size, 3) if need_clean else (count, size, size, 3)
+    if not captions.exists() or np.load(data, mmap_mode="r").shape != shape:
+        captions.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (count, 2, size, size, 3) if need_clean else (count, size, size, 3)
         array = np.lib.format.open_memmap(data, "w+", np.uint8, shape)
         jobs = [(split, i, kinds[i % len(kinds)], domain, size, size, need_clean) for i in range(count)]
         words = []
@@ -728,8 +730,7 @@ class Trainer:
 def to_tensor(batch, device):
     """(...,H,W,3) uint8 to (...,3,H,W) float32 in [0,1]."""
     import torch
-    x = torch.from_numpy(np.ascontiguousarray(batch)).to(device).float() / 255
-    return x.movedim(-1, -3)
+    return torch.from_numpy(np.array(batch)).to(device).movedim(-1, -3).float() / 255
 
 
 def grid(rows, path):
@@ -759,6 +760,8 @@ def train_vae(config, work, device, autocast):
     torch.manual_seed(config.seed)
     vae = new_vae()
     trainer = Trainer("vae", {"vae": vae}, config.vae_lr, config.vae_steps, work, config, device)
+    if trainer.start < trainer.steps:
+        (work / "latents.pt").unlink(missing_ok=True)      # of a VAE that is trained no further
     source = batches(photos, config.vae_batch, config.vae_crop, np.random.default_rng([config.seed, trainer.start]))
     for i in range(trainer.start, trainer.steps):
         x = to_tensor(next(source), device).contiguous(memory_format=torch.channels_last) * 2 - 1
@@ -811,7 +814,7 @@ def new_unet():
 
 
 def new_scheduler():
-    """Stable Diffusion's own noise schedule, for v-prediction: it needs fewer steps of a U-Net this small."""
+    """Stable Diffusion's own noise schedule, for v-prediction."""
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
@@ -837,7 +840,8 @@ def train_unet(config, vae, work, device, autocast):
             for i in tqdm(range(0, len(photos), 32), "latents"):
                 x = to_tensor(photos[i:i + 32], device).contiguous(memory_format=torch.channels_last)
                 parts.append(vae.encode(x * 2 - 1).latent_dist.parameters.half().cpu())   # mean and log-variance
-        torch.save(torch.cat(parts), file)
+        torch.save(torch.cat(parts), file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
     latents = torch.load(file, weights_only=True, mmap=True)                                # (N,16,32,32)
     vae.register_to_config(scaling_factor=round(1 / float(latents[:2000, :8].float().std()), 4))
     torch.manual_seed(config.seed)
@@ -918,7 +922,7 @@ def train_teacher(config, work, device, autocast):
 
 
 def pretrain(config, work, out, device, stages):
-    """Makes weights/: mini-SD and teacher. Every stage resumes; how long each took is written beside the weights."""
+    """Makes weights/: mini-SD and teacher. Every stage resumes, and says how long it took in all."""
     import torch
     from functools import partial
     from models import save_restorer
