@@ -335,8 +335,8 @@ def run_evaluate(run, teacher, pairs):
                             + [f"{row[key]:.5f}" for row in rows for key in METRICS])
     os.replace(run.out / "metrics.csv.tmp", run.out / "metrics.csv")
     columns = {who: [] for who in (*models, "ground truth")}
-    for pair in pairs[::-(-len(pairs) // 6)]:
-        degraded, truth, _ = pair.read()
+    for i in sorted({i * (len(pairs) - 1) // 5 for i in range(6)}):
+        degraded, truth, _ = pairs[i].read()
         shown = [degraded if model is None else restore(model, degraded, args.tile)
                  for model in models.values()] + [truth]
         for column, image in zip(columns.values(), shown):
