@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -31,7 +32,7 @@ import torch.distributed as dist
 import torchvision
 import transformers
 from safetensors import SafetensorError
-from torchvision.transforms.functional import resize, to_pil_image
+from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from distill import Crops, DistillConfig, distill, teacher_outputs
@@ -40,7 +41,8 @@ from evaluate import (METRICS, evaluate, figure, find_pairs, levels, list_images
 from models import Restorer, first_line, load_restorer, load_stable_diffusion, save_restorer
 from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, save_adapter,
                             train_adapter)
-from synth import SCHEDULERS, SynthConfig, inputs, start_timestep, synthesize_folder
+from synth import (SCHEDULERS, SynthConfig, inputs, start_timestep, synthesize_folder,
+                   write_png)
 
 # What each stage leaves in the run folder; the first is there when it is finished.
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt"), "synth": ("synth.png", "synth"),
@@ -184,7 +186,7 @@ def settle(run, stages):
     kept = [stage for stage in PRODUCTS if run.begun(stage) and stage not in anew]
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
-        known = [old[stage].items() for stage in PRODUCTS]
+        old = {stage: dict(old[stage]) for stage in PRODUCTS}      # what isn't ours raises here
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         if kept or any(map(run.begun, PRODUCTS)) or file.exists():
             raise ValueError(f"{run.out} holds files, but no config.json of this program says what "
@@ -354,10 +356,11 @@ def restore_files(model, source, folder, tile):
     if not files:
         raise ValueError(f"{source}: no image file in it (png, jpg, bmp, webp, tif)")
     targets = [folder / file.relative_to(root).with_suffix(".png") for file in files]
+    wanted = Counter(targets)
     if clash := {t.resolve() for t in targets} & {file.resolve() for file in files}:
         raise ValueError(f"{clash.pop()} is one of the photos to restore: give another --output")
     for file, target in zip(tqdm(files, "restore ", disable=None), targets):
-        if targets.count(target) > 1:                      # photo.jpg beside photo.png
+        if wanted[target] > 1:                             # photo.jpg beside photo.png
             target = target.with_name(f"{file.name}.png")
         try:
             photo = read_image(file)
@@ -366,8 +369,7 @@ def restore_files(model, source, folder, tile):
             continue
         image = levels(restore(model, photo / 255, tile)).byte()
         target.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(f"{target}.tmp", "PNG")
-        os.replace(f"{target}.tmp", target)
+        write_png(image, target)
         done += 1
     if not done:
         raise ValueError(f"{source}: none of its photos can be read")

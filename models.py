@@ -334,13 +334,14 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
     where, parts, options = str(path_or_id), {}, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     for name, kind in kinds.items():
+        reason = None                                      # the first one, without a variant
         for variant in (None, "fp16"):                     # some hold half-precision files alone
             try:
                 part = kind.from_pretrained(where, subfolder=name, variant=variant, **options)
                 parts[name] = part.requires_grad_(False).eval().to(device)
                 break
             except Exception as error:                     # missing, broken, of another kind
-                reason = reason if variant else first_line(error)
+                reason = reason or first_line(error)
         else:
             raise ValueError(f"{where}: no Stable Diffusion 1.x or 2.x in diffusers' layout; its "
                              f"{name} can't be loaded: {reason}")

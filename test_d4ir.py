@@ -773,7 +773,7 @@ def test_a_stable_diffusion_and_a_teacher_of_ones_own(folders, network, tmp_path
     assert not (tmp_path / "run/metrics.json").exists() and len(list((tmp_path / "run/restored").glob("*.png"))) == 5
 
 
-def test_bad_input_is_one_line_and_exit_code_2(folders, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(folders, tmp_path, capsys):
     """By subprocess for one of them; the others raise the ValueError that is printed so."""
     done = run("--task", "desnow", "--degraded", tmp_path / "absent", "--out", tmp_path / "r")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and "no such folder" in done.stderr
@@ -788,9 +788,11 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, tmp_path):
                                  + ([] if "--steps" in arguments else ["--steps", "2"]))))
     for arguments, message in ((["--task", "desmog"], "invalid choice"), ([], "--task"), (["--task", "desnow", "--distill-steps", "0"], "at least 1"),
                                (["--task", "desnow", "--scheduler", "euler"], "ddim"), (["--task", "desnow", "--stage", "restore"], "--input")):
+        capsys.readouterr()                                # what was said before
         with pytest.raises(SystemExit) as stopped:
             d4ir.parse(arguments)
-        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     (tmp_path / "mine/config.json").write_text("{}")
