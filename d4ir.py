@@ -309,7 +309,7 @@ def run_distill(run, teacher):
     if run.distill.keep_teacher:
         targets = teacher_outputs(teacher, images, run.device, run.dtype)
     torch.manual_seed(run.args.seed)
-    student = Restorer(run.args.student_width)
+    student = Restorer(run.args.student_width, window=crop)
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     distill(teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
             checkpoint=run.out / "student.pt")
@@ -465,7 +465,9 @@ def stop(number, frame):
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def command(main):
+    """Runs a main as a command: what its user can mend is said in one line, exit code 2."""
+    prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, stop)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -475,12 +477,16 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("stopped; the same command, without --restart, goes on from here")
     except torch.OutOfMemoryError as error:
-        sys.stderr.write("d4ir.py: error: out of memory: lower --adapter-batch, --batch, "
+        sys.stderr.write(f"{prog}: error: out of memory: lower --adapter-batch, --batch, "
                          f"--distill-batch or --tile ({first_line(error)})\n")
         sys.exit(2)
     except (ValueError, OSError, SafetensorError) as error:
-        sys.stderr.write(f"d4ir.py: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{prog}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command(main)

@@ -34,10 +34,14 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """NAFNet's block (Chen et al. 2022): two residual parts, nonlinear by the simple gate a * b."""
+    """NAFNet's block (Chen et al. 2022): two residual parts, nonlinear by the simple gate a * b.
 
-    def __init__(self, c):
+    window: features that channel attention averages over, once trained; 0: all of them.
+    """
+
+    def __init__(self, c, window=0):
         super().__init__()
+        self.window = window
         self.norm1, self.norm2 = LayerNorm2d(c, eps=1e-6), LayerNorm2d(c, eps=1e-6)
         self.expand = nn.Conv2d(c, 2 * c, 1)
         self.depthwise = nn.Conv2d(2 * c, 2 * c, 3, padding=1, groups=2 * c)
@@ -51,10 +55,21 @@ class Block(nn.Module):
     def forward(self, x):
         a, b = self.depthwise(self.expand(self.norm1(x))).chunk(2, dim=1)
         y = a * b                                                           # (B,c,H,W)
-        y = y * self.attention(y.mean((2, 3), keepdim=True))                # (B,c,1,1)
+        if self.window and not self.training:
+            y = y * self.attention(local_mean(y, self.window))              # (B,c,H,W)
+        else:
+            y = y * self.attention(y.mean((2, 3), keepdim=True))            # (B,c,1,1)
         x = x + self.beta * self.project(y)
         a, b = self.widen(self.norm2(x)).chunk(2, dim=1)
         return x + self.gamma * self.narrow(a * b)
+
+
+def local_mean(x, window):
+    """The mean over window x window neighbours (odd), cut off at the borders: (B,C,H,W) to the
+    same."""
+    pad = window // 2
+    x = F.avg_pool2d(x, (window, 1), 1, (pad, 0), count_include_pad=False)
+    return F.avg_pool2d(x, (1, window), 1, (0, pad), count_include_pad=False)
 
 
 class Restorer(nn.Module):
@@ -63,16 +78,21 @@ class Restorer(nn.Module):
     choice: the paper's networks are not known to us.
 
     width: channels at the first level, doubled at each. encoder, decoder: blocks a level. middle:
-    blocks at the bottom. Raises ValueError where encoder and decoder differ in levels.
+    blocks at the bottom. window: px, the side of the crops that it is trained on: a trained network
+    averages its channel attention over as much, not over whole photos, which it has never seen
+    (test-time local conversion, Chu et al. 2022), so tiles and whole photos agree; 0: over whole
+    photos. Raises ValueError where encoder and decoder differ in levels.
     """
 
-    def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1)):
+    def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1), window=0):
         super().__init__()
         if len(encoder) != len(decoder):
             raise ValueError(f"encoder and decoder need as many levels: {encoder}, {decoder}")
-        self.config = dict(width=width, encoder=list(encoder), middle=middle, decoder=list(decoder))
+        self.config = dict(width=width, encoder=list(encoder), middle=middle, decoder=list(decoder),
+                           window=window)
         self.multiple = 2 ** (len(encoder) + 1)
-        blocks = lambda c, n: nn.Sequential(*[Block(c) for _ in range(n)])
+        local = lambda c: window * width // (2 * c) | 1 if window else 0   # c doubles as sides halve
+        blocks = lambda c, n: nn.Sequential(*[Block(c, local(c)) for _ in range(n)])
         widths = [width * 2 ** i for i in range(len(encoder) + 1)]
         self.intro = nn.Conv2d(12, width, 3, padding=1)
         self.encoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, encoder))
