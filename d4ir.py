@@ -403,14 +403,10 @@ def run_export(run):
     run.say(f"written: {run.out / 'student.onnx'}")
 
 
-def main(argv=None):
-    args = parse(argv)
-    run = Run(args)
-    if args.stage in (["restore"], ["export"]):
-        alone = {"restore": run_restore, "export": run_export}[args.stage[0]]
-        return alone(run) if run.main else None
-
-    # What is wrong is said before the long work.
+def look(run):
+    """What is wrong is said before the long work: the folders, the pairs, the teacher. Returns the
+    pairs of --test (None without it) and the teacher; settles the student's width."""
+    args = run.args
     for flag in ("degraded", "clean", "test"):
         folder = getattr(args, flag)
         if folder is not None and not folder.is_dir():
@@ -421,6 +417,28 @@ def main(argv=None):
         teacher(torch.zeros(1, 3, 64, 64, device=run.device))
     own = isinstance(teacher, Restorer)
     args.student_width = args.student_width or (max(1, teacher.config["width"] // 2) if own else 32)
+    return pairs, teacher
+
+
+def load_diffusion(run):
+    """The Stable Diffusion, once the settings have been held against it."""
+    sd, args = load_stable_diffusion(run.args.sd, run.device, run.dtype), run.args
+    start_timestep(sd, args.strength, args.steps)
+    sd.null_prompt(args.tokens)
+    if (args.size or sd.size) % (8 * sd.factor):
+        raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not "
+                         f"{args.size or sd.size}")
+    return sd
+
+
+def main(argv=None):
+    args = parse(argv)
+    run = Run(args)
+    if args.stage in (["restore"], ["export"]):
+        alone = {"restore": run_restore, "export": run_export}[args.stage[0]]
+        return alone(run) if run.main else None
+
+    pairs, teacher = look(run)
     stages = [stage for stage in PRODUCTS if stage in (args.stage or PRODUCTS)]
     for need, stage in zip(PRODUCTS, list(PRODUCTS)[1:]):
         if stage in stages and need not in stages and not run.finished(need):
@@ -428,13 +446,7 @@ def main(argv=None):
                              f"{need} first")
     sd = None
     if any(s in ("adapter", "synth") and (args.restart or not run.finished(s)) for s in stages):
-        sd = load_stable_diffusion(args.sd, run.device, run.dtype)
-        start_timestep(sd, args.strength, args.steps)
-        sd.null_prompt(args.tokens)
-        if (args.size or sd.size) % (8 * sd.factor):
-            raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not "
-                             f"{args.size or sd.size}")
-
+        sd = load_diffusion(run)
     settle(run, stages)
     from_demo(run)
     pairs = find_pairs(args.test) if pairs is None else pairs
