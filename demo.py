@@ -613,6 +613,7 @@ class Pretraining:
     unet_lr: float = 5e-4
     latent_std: float = 2.0         # of the latents that the U-Net sees; over 1, more content outlives each noise level
     ema: float = 0.999
+    t_shift: float = -0.6           # noise levels: below 0, more of the low ones, where weather takes its shape
     drop_caption: float = 0.1       # share of empty captions: the null prompt
     teacher_photos: int = 12000     # of the original domain
     teacher_steps: int = 18000
@@ -862,7 +863,8 @@ def train_unet(config, vae, work, device, autocast):
         z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=generator)
         z = (z * vae.config.scaling_factor).to(device, memory_format=torch.channels_last)
         noise = torch.randn(z.shape, generator=generator).to(z)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (n,), generator=generator).to(device)
+        t = torch.sigmoid(torch.randn(n, generator=generator) + config.t_shift)      # logit-normal (Esser et al. 2024)
+        t = (t * scheduler.config.num_train_timesteps).long().to(device)
         said = [caption(phrases[int(k)], rng, config.drop_caption) for k in chosen]
         ids = tokenizer(said, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         with autocast():
