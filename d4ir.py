@@ -48,6 +48,8 @@ from synth import (SCHEDULERS, SynthConfig, inputs, start_timestep, synthesize_f
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt"), "synth": ("synth.png", "synth"),
             "distill": ("student.safetensors", "student.pt", "student.pt2", "student.onnx"),
             "evaluate": ("metrics.json", "metrics.md", "metrics.csv", "figure.png", "restored")}
+WEATHER = {"derain": ("rain",), "dehaze": ("haze",), "desnow": ("snow",),
+           "all": ("rain", "haze", "snow")}
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LARGEST = 1024                          # px: photos whose shorter side is longer are reduced
@@ -274,7 +276,9 @@ def load_photos(folder, side, run, flag):
 def run_adapter(run, sd, degraded):
     torch.manual_seed(run.args.seed)
     tokens = run.adapter.tokens
-    adapter = PromptAdapter(sd.width, tokens, base=sd.null_prompt(tokens))
+    captions = [f"a photo in heavy {weather}" for weather in WEATHER[run.args.task]]
+    base = sd.text_prompt(captions, tokens).mean(0, keepdim=True)      # our choice
+    adapter = PromptAdapter(sd.width, tokens, base=base)
     seed = run.args.seed + 1000 * run.rank
     loader = CropPairs(degraded, sd, run.synth.size or sd.size, run.adapter.batch, seed)
     train_adapter(adapter, sd, loader, run.adapter, seed=seed, checkpoint=run.out / "adapter.pt")

@@ -12,7 +12,7 @@ P        prompts       (B,N,d) = A(x_d), d = the U-Net's cross-attention width
 q, k     query, key    (B,D), unit length: embeddings of the two crops; k by the momentum encoder
 tau      temperature
 
-    loss = ||eps - eps_theta(z_t, t, P)||^2 + lambda * InfoNCE(q, k)
+    loss = ||eps - eps_theta(z_t, t, P)||^2 + lambda * InfoNCE(q, k)        t in 0..t_max T - 1
 
 Two crops of one photo share their weather (positive); crops of other photos do not (negatives, from
 a queue). The prompt that denoises crop a comes from crop b, as far from a as the photo allows: what
@@ -43,7 +43,8 @@ class AdapterConfig:
     tokens: int = 8             # N, tokens in a prompt
     steps: int = 200            # updates
     batch: int = 16             # crops an update, of each process
-    lr: float = 1e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
+    lr: float = 2e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
+    t_max: float = 0.7          # noise levels up to this part of T; synthesis uses none above its own
     contrast: float = 0.1       # lambda, the weight of InfoNCE; 0: the diffusion loss alone
     temperature: float = 0.2    # tau (MoCo v2: 0.2)
     queue: int = 512            # negatives kept
@@ -58,7 +59,7 @@ class PromptAdapter(nn.Module):
     features at three scales: weather is the same all over a photo, content is not.
 
     width: d, the U-Net's cross-attention width. tokens: N. base: (1,N,d), where the prompts start;
-    the null prompt is a good one.
+    the prompt of a caption is a good one.
     """
 
     def __init__(self, width, tokens=8, channels=32, embedding=128, base=None):
@@ -115,16 +116,18 @@ def info_nce(query, key, queue, temperature, ignore=None):
 
 
 def diffusion_loss(sd, latents, prompts, t, noise):
-    """||target - eps_theta(z_t, t, P)||^2, mean. The target is what the model was trained for: eps
-    (Ho et al. 2020), or v = sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho 2022).
+    """||target - eps_theta(z_t, t, P)||^2 / variance of the target, mean. The target is what the
+    model was trained for: eps (Ho et al. 2020), whose variance is 1, or v = sqrt(abar) eps -
+    sqrt(1 - abar) z_0 (Salimans and Ho 2022), whose variance depends on t unless z_0's is 1.
 
     latents (z_0), noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. Returns a scalar.
     """
     abar = sd.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1)
     z_t = abar.sqrt() * latents + (1 - abar).sqrt() * noise
     v = abar.sqrt() * noise - (1 - abar).sqrt() * latents
-    target = noise if sd.prediction_type == "epsilon" else v
-    return F.mse_loss(sd.predict_noise(z_t, t, prompts), target)
+    epsilon = sd.prediction_type == "epsilon"
+    error = sd.predict_noise(z_t, t, prompts) - (noise if epsilon else v)
+    return (error ** 2 / (1 if epsilon else abar + (1 - abar) * latents.var())).mean()
 
 
 class CropPairs:
@@ -174,12 +177,14 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
       through again and again until `config.steps` updates are done.
     checkpoint: a path; written every `config.save_every` updates, gone on from where it is there.
     Returns the mean losses of the last updates, {"diffusion", "contrastive"}; {} if none was left.
-    Raises ValueError for an empty loader, or a queue smaller than a batch.
+    Raises ValueError for an empty loader, a queue smaller than a batch, or t_max outside (0,1].
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
     if config.queue < config.batch:
         raise ValueError(f"the queue must hold a batch: {config.queue} against {config.batch}")
+    if not 0 < config.t_max <= 1:
+        raise ValueError(f"t_max must lie in (0, 1], not {config.t_max}")
     device, steps = sd.device, config.steps
     sd.unet.requires_grad_(False)                                   # frozen
     adapter.to(device, memory_format=torch.channels_last).train()
@@ -191,6 +196,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
     shape = config.queue, adapter.config["embedding"]
     queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (K,D)
     queue_photo = torch.full((config.queue,), -1, device=device)    # whose crop a negative is
+    levels = max(1, round(config.t_max * len(sd.alphas_cumprod)))
     start, losses = 0, {}
     if checkpoint and Path(checkpoint).exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -214,7 +220,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
         generator.manual_seed(seed * 1_000_003 + step)       # so a resumed run draws the same
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step / steps)
-        t = torch.randint(len(sd.alphas_cumprod), (len(a),), generator=generator, device=device)
+        t = torch.randint(levels, (len(a),), generator=generator, device=device)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         dropped = torch.rand(len(a), 1, 1, generator=generator, device=device) < config.drop
 

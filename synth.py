@@ -36,9 +36,9 @@ class SynthConfig:
     images: int = 256           # images to synthesize
     batch: int = 16             # images at a time
     size: int = 0               # px, their side; 0: the Stable Diffusion's own
-    strength: float = 0.5       # t_s / T in (0,1]: how much content is given up for the weather
+    strength: float = 0.7       # t_s / T in (0,1]: how much content is given up for the weather
     steps: int = 10             # calls of the U-Net an image, whatever the strength
-    guidance: float = 2.0       # w; 1: none, and half the cost
+    guidance: float = 5.0       # w; 1: none, and half the cost
     guidance_from: float = 0.0  # guidance acts on timesteps from this part of T on ...
     guidance_to: float = 1.0    # ... to this one (Kynkaanniemi et al. 2024)
     scheduler: str = "dpm"      # ddim, dpm (DPM-Solver++) or unipc; diffusers' own

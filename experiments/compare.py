@@ -40,7 +40,6 @@ ROWS = {"original": "original data", "web-degraded": "web, degraded", "web-clean
         "d4ir": "D4IR", "d4ir+web": "D4IR and web"}
 SWEEPS = {"strength": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "guidance": (1.0, 1.5, 2.0, 3.0, 4.0),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
-WEATHER = {"derain": ("rain",), "dehaze": ("haze",), "desnow": ("snow",), "all": ("rain", "haze", "snow")}
 NOTES = {
     "original": "the teacher's own training photos, degraded",
     "web-degraded": "the adapter's photos, as they are", "web-clean": "the photos that give the content, as they are",
@@ -114,7 +113,7 @@ class Captions:
 
     def __init__(self, sd, task):
         self.prompts = sd.text_prompt([f"a photo in {amount} {weather}" for amount in ("light", "moderate", "heavy")
-                                       for weather in WEATHER[task]])
+                                       for weather in d4ir.WEATHER[task]])
 
     def __call__(self, degraded):
         return self.prompts[torch.arange(len(degraded)) % len(self.prompts)]
@@ -297,7 +296,7 @@ def compare(bench, names, seeds):
         students = statistics.fmean(v for k, v in took.items() if k.startswith("student"))
         total = students + took.get("adapter", 0) + took.get("synth", 0)
         speed = {"images_per_s": run.synth.images / took["synth"]} if "synth" in took else {}
-        note = NOTES[name].format(lr=Adversary.lr, variety=Adversary.variety, weather=" / ".join(WEATHER[run.args.task]),
+        note = NOTES[name].format(lr=Adversary.lr, variety=Adversary.variety, weather=" / ".join(d4ir.WEATHER[run.args.task]),
                                   **asdict(run.synth))
         rows.append({"source": name} | found | speed | {"minutes": total / 60, "note": note})
     level = {row["source"]: row["psnr_rgb"]["mean"] for row in rows}

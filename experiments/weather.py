@@ -10,6 +10,8 @@ trained on into "a photo in heavy snow", "... rain", "... haze", and it says wha
 import argparse
 import json
 import os
+import shlex
+import sys
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def img2img(folder, clear, caption, strength, guidance, device="cpu", seed=0, st
                 num_inference_steps=round(steps / strength), generator=torch.Generator(device).manual_seed(seed)).images.cpu()
 
 
-def check(folder, photos=4000, steps=1000, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=2.0, device="cpu"):
+def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=5.0, device="cpu"):
     """Returns what the classifier sees in held-out places and in what img2img makes, and a figure's rows."""
     sd = load_stable_diffusion(folder, device)
     network = train_classifier(through_vae(sd, places("pretraining", 100_000, photos, CLASSES)), steps)
@@ -91,12 +93,15 @@ def check(folder, photos=4000, steps=1000, test=400, clear=40, strengths=(0.5, 0
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", default=str(d4ir.WEIGHTS / "mini-sd"))
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
-    result, rows = check(args.sd, guidance=args.guidance)
+    result, rows = check(args.sd, guidance=args.guidance, device=args.device)
     args.results.mkdir(parents=True, exist_ok=True)
-    d4ir.write_text(args.results / "weather-check.json", json.dumps({"guidance": args.guidance} | result, indent=1))
+    said = shlex.join(["python", "-m", "experiments.weather", *sys.argv[1:]])
+    d4ir.write_text(args.results / "weather-check.json",
+                    json.dumps({"command": said, "guidance": args.guidance} | result, indent=1))
     demo.grid(rows, args.results / "weather-check.png")
     for title, part in result.items():
         for asked, found in part.items():
@@ -104,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    d4ir.command(main)
