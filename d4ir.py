@@ -300,12 +300,17 @@ def run_synth(run, sd, degraded, clean):
                run.out / "synth.png")
 
 
+def crop_side(run, side):
+    """px: the side of the student's training crops, from images of this side."""
+    return run.distill.crop or min(256, 2 * side // 3)
+
+
 def run_distill(run, teacher):
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         images = list(threads.map(read_image, files))
     smallest = min((min(image.shape[1:]) for image in images), default=0)
-    crop = run.distill.crop or min(256, 2 * smallest // 3)
+    crop = crop_side(run, smallest)
     if not 0 < crop <= smallest:
         raise ValueError(f"--distill-crop {crop} is larger than the synthesized images, {smallest} "
                          f"px, or there are fewer than {run.ranks}")

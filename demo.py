@@ -895,12 +895,19 @@ def save_mini_sd(folder, vae, modules, tokenizer, scheduler):
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
-def sample_figure(folder, path, device, strength=0.6):
-    """Stock img2img from held-out clear scenes: one row clear, then one for each caption."""
+def load_img2img(folder, device):
+    """Stock diffusers' img2img pipeline of a mini-SD, silent."""
     import torch
     from diffusers import StableDiffusionImg2ImgPipeline
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None).to(device)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample_figure(folder, path, device, strength=0.6):
+    """Stock img2img from held-out clear scenes: one row clear, then one for each caption."""
+    import torch
+    pipe = load_img2img(folder, device)
     clear = np.stack([photo(("pretraining-test", i, "clear", "original", 96, 96, False))[1] for i in range(8)])
     x = to_tensor(clear, device)
     rows = [x]

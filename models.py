@@ -55,10 +55,9 @@ class Block(nn.Module):
     def forward(self, x):
         a, b = self.depthwise(self.expand(self.norm1(x))).chunk(2, dim=1)
         y = a * b                                                           # (B,c,H,W)
-        if self.window and not self.training:
-            y = y * self.attention(local_mean(y, self.window))              # (B,c,H,W)
-        else:
-            y = y * self.attention(y.mean((2, 3), keepdim=True))            # (B,c,1,1)
+        local = self.window and not self.training
+        context = local_mean(y, self.window) if local else y.mean((2, 3), keepdim=True)
+        y = y * self.attention(context)                                     # (B,c,1,1) if not local
         x = x + self.beta * self.project(y)
         a, b = self.widen(self.norm2(x)).chunk(2, dim=1)
         return x + self.gamma * self.narrow(a * b)

@@ -40,6 +40,7 @@ ROWS = {"original": "original data", "web-degraded": "web, degraded", "web-clean
         "d4ir": "D4IR", "d4ir+web": "D4IR and web"}
 SWEEPS = {"strength": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "guidance": (1.0, 1.5, 2.0, 3.0, 4.0),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
+OF_D4IR = {"no-content": ("adapter",), "d4ir+web": ("adapter", "synth")}                # what a row takes from D4IR's
 NOTES = {
     "original": "the teacher's own training photos, degraded",
     "web-degraded": "the adapter's photos, as they are", "web-clean": "the photos that give the content, as they are",
@@ -120,23 +121,17 @@ class Captions:
 
 
 class Bench:
-    """What all rows share. Photos and models are loaded when they are first needed; each row has a folder in run.out."""
+    """What all rows share. Photos are loaded when they are first needed; each row has a folder in run.out."""
 
-    def __init__(self, run, pairs, teacher, original):
-        self.run, self.pairs, self.teacher, self.original = run, pairs, teacher, original
-        self.sd, self.loaded = None, {}
-
-    def model(self):
-        self.sd = self.sd or d4ir.load_diffusion(self.run)
-        return self.sd
-
-    def crop(self):
-        """px: the side of the crops that students are trained on."""
-        return self.run.distill.crop or min(256, 2 * (self.run.synth.size or self.model().size) // 3)
+    def __init__(self, run, pairs, teacher, sd, original):
+        self.run, self.pairs, self.teacher, self.sd, self.original = run, pairs, teacher, sd, original
+        self.side = run.synth.size or sd.size              # px, of the images that are made
+        self.crop = d4ir.crop_side(run, self.side)
+        self.loaded = {}
 
     def photos(self, flag, side=None):
         """The photos of --degraded, --clean or --original, (3,H,W) uint8; by default as large as the images made."""
-        side = side or self.run.synth.size or self.model().size
+        side = side or self.side
         if (flag, side) not in self.loaded:
             folder = self.original if flag == "original" else getattr(self.run.args, flag)
             self.loaded[flag, side] = d4ir.load_photos(folder, side, self.run, f"--{flag}")
@@ -152,37 +147,37 @@ class Bench:
     def adapter(self, name, degraded=None, **settings):
         """A row's adapter, trained on the photos of --degraded or on these."""
         run = self.variant(name, adapter=settings)
-        path, photos, sd = run.out / "adapter.safetensors", degraded or self.photos("degraded"), self.model()
+        path, photos = run.out / "adapter.safetensors", degraded or self.photos("degraded")
         if not path.exists():
             with clock(run.out, "adapter"):
-                d4ir.run_adapter(run, sd, photos)
+                d4ir.run_adapter(run, self.sd, photos)
         return load_adapter(path, run.device)
 
     def made(self, name, adapter, clean=None, degraded=None, **settings):
         """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
-        run, sd = self.variant(name, synth=settings), self.model()
+        run = self.variant(name, synth=settings)
         photos = clean or self.photos("clean"), degraded or self.photos("degraded")
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
         if not all(file.exists() for file in files):
             with clock(run.out, "synth"):
-                synthesize_folder(*photos, adapter, sd, run.synth, run.out / "synth", seed=run.args.seed)
+                synthesize_folder(*photos, adapter, self.sd, run.synth, run.out / "synth", seed=run.args.seed)
         return [read_image(file) for file in files]
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, which makes its own as it goes."""
         match name:
             case "original" | "web-degraded" | "web-clean":
-                return self.photos(name.removeprefix("web-"), self.crop())
+                return self.photos(name.removeprefix("web-"), self.crop)
             case "gan":
                 return None
             case "sd-text":
-                return self.made(name, Captions(self.model(), self.run.args.task))
+                return self.made(name, Captions(self.sd, self.run.args.task))
             case "no-contrast":
                 return self.made(name, self.adapter(name, contrast=0.0))
             case "no-cross-crop":
                 return self.made(name, self.adapter(name, cross_crop=False))
             case "no-content":
-                grey = torch.full((3, *[self.run.synth.size or self.model().size] * 2), 128, dtype=torch.uint8)
+                grey = torch.full((3, self.side, self.side), 128, dtype=torch.uint8)
                 return self.made(name, self.adapter("d4ir"), [grey], strength=1.0, detail=False)
             case "d4ir":
                 return self.made(name, self.adapter(name))
@@ -203,17 +198,17 @@ class Bench:
                 run.say(f"--- {name}, seed {seed}")
                 with clock(run.out, f"student-{seed}"):
                     torch.manual_seed(seed)
-                    student = Restorer(run.args.student_width, window=self.crop()).to(run.device)
+                    student = Restorer(run.args.student_width, window=self.crop).to(run.device)
                     if make is None:
-                        loader = Adversary(self.teacher, student, self.crop(), run.distill.batch, run.device, run.dtype, seed)
+                        loader = Adversary(self.teacher, student, self.crop, run.distill.batch, run.device, run.dtype, seed)
                     else:
                         if run.distill.keep_teacher:
                             targets = targets or teacher_outputs(self.teacher, make, run.device, run.dtype)
-                        loader = Crops(make, self.crop(), run.distill.batch, targets, seed)
+                        loader = Crops(make, self.crop, run.distill.batch, targets, seed)
                     distill(self.teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
                             checkpoint=None if make is None else path.with_suffix(".pt"))
                 save_restorer(student, path)
-                strip(make or list(next(iter(loader)) * 255), self.crop()).save(run.out / "sample.png")
+                strip(make or list(next(iter(loader)) * 255), self.crop).save(run.out / "sample.png")
                 result = evaluate(student, self.pairs, tile=run.args.tile)
                 d4ir.write_text(file, json.dumps({key: result[key] for key in METRICS}))
                 path.with_suffix(".pt").unlink(missing_ok=True)
@@ -289,10 +284,8 @@ def compare(bench, names, seeds):
         if name not in names and not bench.done(name, seeds):
             continue
         found = summary(bench.students(name, lambda: bench.images(name), seeds))
-        took, shared = seconds(run.out / name), {}
-        if name in ("no-content", "d4ir+web"):             # D4IR's adapter, or all of its images
-            shared = {k: v for k, v in seconds(run.out / "d4ir").items() if k == "adapter" or name == "d4ir+web" and k == "synth"}
-        took = shared | took
+        own = seconds(run.out / "d4ir")
+        took = {k: own[k] for k in OF_D4IR.get(name, ()) if k in own} | seconds(run.out / name)
         students = statistics.fmean(v for k, v in took.items() if k.startswith("student"))
         total = students + took.get("adapter", 0) + took.get("synth", 0)
         speed = {"images_per_s": run.synth.images / took["synth"]} if "synth" in took else {}
@@ -320,12 +313,14 @@ def sweep(bench, what, seeds):
             photos = every[::len(every) // value][:value]
             images["d4ir"] = lambda: bench.made(at("d4ir"), bench.adapter(at("d4ir"), photos), None, photos)
             images["web-degraded"] = lambda: photos
+        elif value == default:
+            images["d4ir"] = lambda: bench.images("d4ir")
         elif what == "images":
             images["d4ir"] = lambda: bench.made("images", bench.adapter("d4ir"), images=max(SWEEPS[what]))[:value]
         else:
             images["d4ir"] = lambda: bench.made(at("d4ir"), bench.adapter("d4ir"), **{what: value})
         if what in ("strength", "guidance"):
-            images["sd-text"] = lambda: bench.made(at("sd-text"), Captions(bench.model(), bench.run.args.task), **{what: value})
+            images["sd-text"] = lambda: bench.made(at("sd-text"), Captions(bench.sd, bench.run.args.task), **{what: value})
         values.append({what: value} | {name: summary(bench.students(at(name), make, seeds))["psnr_rgb"]
                                        for name, make in images.items()})
     return values
@@ -389,28 +384,28 @@ def main(argv=None):
     if own.original and not own.original.is_dir():
         raise ValueError(f"--original {own.original}: no such folder")
     pairs, teacher = d4ir.look(run)
-    bench = Bench(run, pairs, teacher, own.original)
-    bench.model()
+    sd = d4ir.load_diffusion(run)
     refuse_others(run, own)
 
-    names, photos = list(own.rows), run.out / "demo" / args.task
+    names, original, photos = list(own.rows), own.original, run.out / "demo" / args.task
     embedded = Path(args.teacher).resolve().parent == d4ir.WEIGHTS
     if own.sweep == "photos" and args.degraded is None:
         write_photos(photos / "many", args.task, degraded=max(SWEEPS["photos"]))
         args.degraded = photos / "many" / "degraded"
-    if "original" in names and not own.sweep and not own.original:
+    if "original" in names and not own.sweep and not original:
         if embedded:
             write_photos(photos, args.task, original=run.synth.images)
-            bench.original = photos / "original"
+            original = photos / "original"
         else:
             names.remove("original")
             run.say("no --original: the row of the original data, and the shares, are left out")
     d4ir.from_demo(run)
-    bench.pairs = pairs or find_pairs(args.test)
-    if not bench.pairs:
+    pairs = pairs or find_pairs(args.test)
+    if not pairs:
         raise ValueError(f"--test {args.test} has no ground truth")
+    bench = Bench(run, pairs, teacher, sd, original)
 
-    result = {"task": args.task, "seeds": own.seeds, "n_images": len(bench.pairs)}
+    result = {"task": args.task, "seeds": own.seeds, "n_images": len(pairs)}
     if own.sweep:
         result |= {"sweep": own.sweep, "values": sweep(bench, own.sweep, own.seeds)}
     else:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionImg2ImgPipeline
 from tqdm import tqdm
 
 import d4ir
@@ -65,12 +64,11 @@ def seen(network, images):
     return {name: float((found == i).float().mean()) for i, name in enumerate(CLASSES)}
 
 
-def img2img(folder, clear, caption, strength, guidance, device="cpu", seed=0, steps=20):
+def img2img(pipe, clear, caption, strength, guidance, seed=0, steps=20):
     """Stock diffusers, `steps` calls of the U-Net: (B,3,H,W) in [0,1] to the same."""
-    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None).to(device)
-    pipe.set_progress_bar_config(disable=True)
     return pipe([caption] * len(clear), image=clear, strength=strength, guidance_scale=guidance, output_type="pt",
-                num_inference_steps=round(steps / strength), generator=torch.Generator(device).manual_seed(seed)).images.cpu()
+                num_inference_steps=round(steps / strength),
+                generator=torch.Generator(pipe.device).manual_seed(seed)).images.cpu()
 
 
 def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=5.0, device="cpu"):
@@ -80,11 +78,11 @@ def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.
     held_out = through_vae(sd, places("pretraining-test", 200_000, test, CLASSES))
     result = {"places": {name: seen(network, held_out[i::len(CLASSES)]) for i, name in enumerate(CLASSES)}}
     content = places("pretraining-test", 300_000, clear, ("clear",), "original")
-    rows = [content[:8]]
+    pipe, rows = demo.load_img2img(folder, device), [content[:8]]
     for strength in strengths:
         result[f"strength {strength:g}"] = {}
         for kind in demo.KINDS:
-            made = img2img(folder, content, f"a photo in heavy {kind}", strength, guidance, device)
+            made = img2img(pipe, content, f"a photo in heavy {kind}", strength, guidance)
             result[f"strength {strength:g}"][kind] = seen(network, made)
             rows.append(made[:8])
     return result, rows
