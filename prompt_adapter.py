@@ -44,7 +44,7 @@ class AdapterConfig:
     steps: int = 200            # updates
     batch: int = 16             # crops an update, of each process
     lr: float = 2e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
-    t_max: float = 0.7          # noise levels up to this part of T; synthesis uses none above its own
+    t_max: float = 0.95         # noise levels up to this part of T: those of synthesis
     contrast: float = 0.1       # lambda, the weight of InfoNCE; 0: the diffusion loss alone
     temperature: float = 0.2    # tau (MoCo v2: 0.2)
     queue: int = 512            # negatives kept

@@ -3,17 +3,21 @@
 symbol   code       shape, range
 x_c      clean      (B,3,H,W) in [0,1], a photo in good weather
 P        prompts    (B,N,d) = A(x_d): the weather of a photo x_d, unpaired with x_c
-z_0      latents    (B,C,h,w) = E(x_c)
+P_0      negative   (1,N,d), a text's prompt: what guidance leads away from
+z        latents    (B,C,h,w) = E(x_c)
 t_s      start      strength * T in 1..T, how many noise levels up the content goes
 abar_t   abar       scalar, the model's own cumulative noise schedule
 eps      noise      (B,C,h,w), standard normal
 w        guidance   1: none (Ho and Salimans 2022)
+x        image      (B,3,H,W) in [0,1], the synthesized photo
 
-    perturb   z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps
-    denoise   z_ts -> z_0 in `steps` calls of the U-Net, each eps_null + w (eps_P - eps_null)
-    decode    x = D(z_0)
+    perturb   z_ts = sqrt(abar_ts) z + sqrt(1 - abar_ts) eps
+    denoise   z_ts -> z_w in `steps` calls of the U-Net, each eps_0 + w (eps_P - eps_0)
+    anchor    x = D(z_w) + a (x_c - D(z_0)): z_0 from the same z_ts with the negative prompt alone
 
-The content comes from x_c, the weather from x_d.
+The content comes from x_c, the weather from x_d. Negative prompt and anchor are our choice. At the
+strength that weather needs, fine content drowns in the noise and is made up anew, in z_w and z_0
+alike; a is how much of the contrast the weather leaves at each place (haze: its transmission).
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -36,13 +41,14 @@ class SynthConfig:
     images: int = 256           # images to synthesize
     batch: int = 16             # images at a time
     size: int = 0               # px, their side; 0: the Stable Diffusion's own
-    strength: float = 0.7       # t_s / T in (0,1]: how much content is given up for the weather
+    strength: float = 0.95      # t_s / T in (0,1]: how much content is given up for the weather
     steps: int = 10             # calls of the U-Net an image, whatever the strength
     guidance: float = 5.0       # w; 1: none, and half the cost
     guidance_from: float = 0.0  # guidance acts on timesteps from this part of T on ...
     guidance_to: float = 1.0    # ... to this one (Kynkaanniemi et al. 2024)
+    negative_prompt: str = "a photo in clear weather"   # a text that guidance leads away from
     scheduler: str = "dpm"      # ddim, dpm (DPM-Solver++) or unipc; diffusers' own
-    detail: bool = True         # add what the VAE loses of the clean photo, x_c - D(E(x_c))
+    anchor: bool = True         # the clean photo's own fine content, at half the cost again
 
 
 def start_timestep(sd, strength, steps):
@@ -66,19 +72,23 @@ def perturb(latents, noise, sd, start):
 
 
 @torch.no_grad()
-def denoise(z, prompts, sd, start, *, steps, guidance, interval=(0.0, 1.0), scheduler):
+def denoise(z, prompts, sd, start, *, steps, guidance=1, negative=None, interval=(0.0, 1.0),
+            scheduler=SynthConfig.scheduler):
     """From z_ts (B,C,h,w) to z_0, conditioned on prompts (B,N,d), in exactly `steps` U-Net calls.
 
-    Where guidance acts, on timesteps in interval * T, a call holds 2B latents.
+    Where guidance acts, on timesteps in interval * T, a call holds 2B latents, and leads away from
+    negative (1,N,d), the null prompt by default.
     """
     solver = few_step_solver(sd, start, steps, scheduler)
-    null = sd.null_prompt(prompts.shape[1]).expand_as(prompts)
+    if negative is None:
+        negative = sd.null_prompt(prompts.shape[1])
+    negative = negative.expand_as(prompts)
     low, high = (part * len(sd.alphas_cumprod) for part in interval)
     for t in solver.timesteps.tolist():                    # Python ints: no waiting
         if guidance != 1 and low <= t <= high:
-            both = sd.predict_noise(z.repeat(2, 1, 1, 1), t, torch.cat([null, prompts]))
-            unconditional, conditional = both.chunk(2)
-            predicted = unconditional + guidance * (conditional - unconditional)
+            both = sd.predict_noise(z.repeat(2, 1, 1, 1), t, torch.cat([negative, prompts]))
+            away, towards = both.chunk(2)
+            predicted = away + guidance * (towards - away)
         else:
             predicted = sd.predict_noise(z, t, prompts)
         z = solver.step(predicted, t, z).prev_sample
@@ -104,12 +114,11 @@ def few_step_solver(sd, start, steps, scheduler):
 @torch.no_grad()
 def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guidance,
                generator=None, scheduler=SynthConfig.scheduler, interval=(0.0, 1.0),
-               detail=SynthConfig.detail):
+               negative_prompt=SynthConfig.negative_prompt, anchor=SynthConfig.anchor):
     """CCD: new degraded photos (B,3,H,W) in [0,1] from clean ones and prompts.
 
     clean: (B,3,H,W) in [0,1], H and W multiples of what the U-Net needs (8 f for SD).
     prompts: (B,N,d). generator: of the noise, on any device. The others: see SynthConfig.
-    detail: x + x_c - D(E(x_c)), for the fine content that the VAE blurs.
     Raises ValueError for what doesn't fit.
     """
     if len(clean) != len(prompts):
@@ -120,12 +129,26 @@ def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guid
     device = generator.device if generator is not None else sd.device
     noise = torch.randn(latents.shape, generator=generator, device=device).to(sd.device)
     z = perturb(latents, noise, sd, start)
-    z = denoise(z, prompts, sd, start, steps=steps, guidance=guidance, interval=interval,
-                scheduler=scheduler)
-    image = sd.decode(z)
-    if detail:
-        image = image + clean - sd.decode(latents)
+    negative = sd.text_prompt(negative_prompt, prompts.shape[1])
+    image = sd.decode(denoise(z, prompts, sd, start, steps=steps, guidance=guidance,
+                              negative=negative, interval=interval, scheduler=scheduler))
+    if anchor:
+        plain = sd.decode(denoise(z, negative.expand_as(prompts), sd, start, steps=steps,
+                                  scheduler=scheduler))
+        image = image + contrast_left(plain, image) * (clean - plain)
     return image.clamp(0, 1)
+
+
+def contrast_left(plain, image, window=17):
+    """a of image = a plain + b around each pixel, by least squares over all channels, in [0,1].
+
+    plain, image: (B,3,H,W) to (B,1,H,W). The guided filter's model (He et al. 2010); 1 where all
+    is flat.
+    """
+    mean = lambda x: F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+    covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
+    variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
+    return ((covariance + 3e-4) / (variance + 3e-4)).clamp(0, 1)
 
 
 def draw(photos, size, seed, index, which):
@@ -153,7 +176,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     size, options = config.size or sd.size, dict(
         strength=config.strength, steps=config.steps, guidance=config.guidance,
         scheduler=config.scheduler, interval=(config.guidance_from, config.guidance_to),
-        detail=config.detail)
+        negative_prompt=config.negative_prompt, anchor=config.anchor)
     path = lambda i: folder / f"{i:06d}.png"
     first = range(0, config.images, config.batch)[rank::ranks]
     groups = [range(i, min(i + config.batch, config.images)) for i in first]

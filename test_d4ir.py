@@ -237,6 +237,8 @@ def test_guidance_and_its_interval():
     guided = synth.denoise(z, prompts, oracle, 600, steps=1, guidance=3.0, scheduler="ddim")
     plain = synth.denoise(z, 3 * prompts, oracle, 600, steps=1, guidance=1, scheduler="ddim")
     assert torch.allclose(guided, plain, atol=1e-5) and sizes == [2, 1]
+    away = synth.denoise(z, prompts, oracle, 600, steps=1, guidance=3.0, negative=prompts[:, :1] * 2, scheduler="ddim")
+    assert torch.allclose(away, synth.denoise(z, -prompts, oracle, 600, steps=1, scheduler="ddim"), atol=1e-5)
     sizes.clear()
     synth.denoise(z, prompts, oracle, 1000, steps=10, guidance=3.0, interval=(0.3, 0.7), scheduler="dpm")
     assert sizes == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
@@ -249,13 +251,23 @@ def test_synthesize_is_repeatable_and_says_what_does_not_fit(sd):
     one = go(1)
     assert one.shape == clean.shape and one.min() >= 0 and one.max() <= 1
     assert torch.equal(one, go(1)) and not torch.equal(one, go(2))
-    assert not torch.equal(one, go(1, detail=False))
+    assert not torch.equal(one, go(1, anchor=False)) and not torch.equal(one, go(1, negative_prompt=""))
     for wrong, message in (({"strength": 0.0}, "strength"), ({"strength": 1.1}, "1.1"), ({"scheduler": "euler"}, "ddim"),
                            ({"strength": 0.001}, "steps must lie in 1..1")):
         with pytest.raises(ValueError, match=message):
             go(1, **wrong)
     with pytest.raises(ValueError, match="2 clean photos but 1 prompts"):
         synth.synthesize(clean, prompts[:1], sd, strength=0.5, steps=2)
+
+
+def test_the_anchor_keeps_content_and_lets_haze_fade_it(sd):
+    """A prompt that asks for no weather gives the clean photo back; where contrast goes, fine content goes with it."""
+    clean = photo(1, 64, 72)[None]
+    go = lambda **more: synth.synthesize(clean, sd.text_prompt("a photo in clear weather", 4), sd, strength=0.8, steps=2,
+                                         guidance=3.0, **more)
+    assert torch.allclose(go(), clean, atol=1e-4) and not torch.allclose(go(anchor=False), clean, atol=0.2)
+    plain = noise(1, 2, 3, 40, 48).sigmoid()
+    assert torch.allclose(synth.contrast_left(plain, 0.4 * plain + 0.5), torch.tensor(0.4), atol=0.02)
 
 
 def test_synthesize_folder_goes_on_where_it_was(sd, tmp_path):
@@ -941,7 +953,7 @@ def test_comparison_shares_resumes_and_refuses(folders, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
     command = ["--task", "all", "--student-width", "4", "--out", tmp_path / "run", "--seeds", "1", "--results", tmp_path, *TINY]
-    for what, values in {"strength": (0.3, 0.7), "guidance": (1.0, 2.0), "photos": (3, 6), "images": (2, 6)}.items():
+    for what, values in {"strength": (0.3, 0.95), "guidance": (1.0, 2.0), "photos": (3, 6), "images": (2, 6)}.items():
         monkeypatch.setitem(compare.SWEEPS, what, values)
         compare.main([*map(str, command), "--sweep", what])
         assert [row[what] for row in json.loads((tmp_path / f"{what}-all.json").read_text())["values"]] == list(values)

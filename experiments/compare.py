@@ -38,7 +38,7 @@ ROWS = {"original": "original data", "web-degraded": "web, degraded", "web-clean
         "gan": "GAN", "sd-text": "SD, text", "no-contrast": "D4IR without contrast",
         "no-cross-crop": "D4IR without cross-crop", "no-content": "D4IR without content",
         "d4ir": "D4IR", "d4ir+web": "D4IR and web"}
-SWEEPS = {"strength": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "guidance": (1.0, 1.5, 2.0, 3.0, 4.0),
+SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 3.0, 5.0, 8.0),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
 OF_D4IR = {"no-content": ("adapter",), "d4ir+web": ("adapter", "synth")}                # what a row takes from D4IR's
 NOTES = {
@@ -48,7 +48,7 @@ NOTES = {
            "-log |T(x) - S(x)| - {variety:g} |G(a) - G(b)| / |a - b| (Fang et al. 2019; Mao et al. 2019)",
     "sd-text": "'a photo in light / moderate / heavy {weather}', in turn, in place of the adapter's prompts",
     "no-contrast": "--adapter-contrast 0", "no-cross-crop": "--no-adapter-cross-crop",
-    "no-content": "--strength 1 --no-detail, and a grey picture in place of the clean photos",
+    "no-content": "--strength 1 --no-anchor, and a grey picture in place of the clean photos",
     "d4ir": "strength {strength:g}, guidance {guidance:g}, {images} images", "d4ir+web": "both lists of images together"}
 
 
@@ -178,7 +178,7 @@ class Bench:
                 return self.made(name, self.adapter(name, cross_crop=False))
             case "no-content":
                 grey = torch.full((3, self.side, self.side), 128, dtype=torch.uint8)
-                return self.made(name, self.adapter("d4ir"), [grey], strength=1.0, detail=False)
+                return self.made(name, self.adapter("d4ir"), [grey], strength=1.0, anchor=False)
             case "d4ir":
                 return self.made(name, self.adapter(name))
             case "d4ir+web":

@@ -5,7 +5,8 @@
 The classifier is the adapter's network with four outputs: clear, haze, rain, snow. It learns from places of the
 pretraining domain and is held against others. All that it sees, in training and after, has been through the VAE, so
 that the VAE's blur tells it nothing. Then stock img2img (diffusers' own pipeline) turns clear places that nobody was
-trained on into "a photo in heavy snow", "... rain", "... haze", and it says what it sees.
+trained on into "a photo in heavy snow", "... rain", "... haze", with the negative prompt of synth.py, and it says what
+it sees.
 """
 import argparse
 import json
@@ -24,6 +25,7 @@ import d4ir
 import demo
 from models import load_stable_diffusion
 from prompt_adapter import PromptAdapter
+from synth import SynthConfig
 
 CLASSES = ("clear", *demo.KINDS)
 
@@ -66,9 +68,9 @@ def seen(network, images):
 
 def img2img(pipe, clear, caption, strength, guidance, seed=0, steps=20):
     """Stock diffusers, `steps` calls of the U-Net: (B,3,H,W) in [0,1] to the same."""
-    return pipe([caption] * len(clear), image=clear, strength=strength, guidance_scale=guidance, output_type="pt",
-                num_inference_steps=round(steps / strength),
-                generator=torch.Generator(pipe.device).manual_seed(seed)).images.cpu()
+    return pipe([caption] * len(clear), negative_prompt=[SynthConfig.negative_prompt] * len(clear), image=clear,
+                strength=strength, guidance_scale=guidance, num_inference_steps=round(steps / strength),
+                generator=torch.Generator(pipe.device).manual_seed(seed), output_type="pt").images.cpu()
 
 
 def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=5.0, device="cpu"):
