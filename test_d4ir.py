@@ -818,7 +818,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, tmp_path, capsys):
     for arguments, message in ((["--degraded", folders / "empty"], "no image file"), (["--degraded", folders / "rubbish"], "none of its 1 image files"),
                                (["--test", folders / "empty"], "no image file"), (["--teacher", folders / "bad/broken.png"], "not a readable"),
                                (["--sd", folders / "bad"], "no Stable Diffusion"), (["--strength", "0"], "strength"), (["--tokens", "99"], "tokens"),
-                               (["--steps", "900"], "steps must lie"), (["--size", "60"], "multiple of 32"), (["--device", "tpu"], "--device tpu"),
+                               (["--steps", "999"], "steps must lie"), (["--size", "60"], "multiple of 16"), (["--device", "tpu"], "--device tpu"),
                                (["--stage", "distill"], "run --stage synth first"), (["--distill-crop", "999"], "larger than")):
         with pytest.raises(ValueError, match=message):
             d4ir.main(list(map(str, ["--task", "desnow", *good, *arguments, "--out", tmp_path / str(hash(message)), *TINY[:6]]
