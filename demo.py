@@ -32,6 +32,7 @@ from PIL import Image
 
 KINDS = ("haze", "rain", "snow")
 TASKS = {"derain": "rain", "dehaze": "haze", "desnow": "snow"}
+CLEAR = "a photo in clear weather"
 HERE = Path(__file__).resolve().parent
 
 
@@ -168,7 +169,7 @@ def add_weather(image, depth, kind, weather, rng):
     if kind not in KINDS + ("clear",):
         raise ValueError(f"kind is one of {KINDS + ('clear',)}, not {kind!r}")
     height, width = depth.shape
-    image, words = image.copy(), ["a photo in clear weather"]
+    image, words = image.copy(), [CLEAR]
     uneven = lambda: 1 + rng.uniform(0, weather.uneven + 1e-9) * smooth_field(rng, height, width)
     grey = rng.uniform(*weather.airlight)
     airlight = np.clip(grey + rng.uniform(-weather.tint, weather.tint, 3), 0, 1).astype(np.float32)
@@ -749,7 +750,7 @@ def layout(x):
     Of each 2x2 px: luma's mean and its horizontal, vertical and diagonal difference (Haar), and the means of the two
     chromas, doubled. A VAE left to itself wrote all that is fine and coarse into channels of one size, which noise
     drowned together; here, as in a photo's spectrum, the coarse outlives the fine, and a flake is a flake wherever it
-    falls. And it is known beforehand: VAE and U-Net can be trained side by side.
+    falls. And it is known beforehand: the U-Net's latents cost a convolution.
     """
     import torch
     haar = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).view(4, 1, 2, 2) / 2
@@ -909,18 +910,20 @@ def load_img2img(folder, device):
     return pipe
 
 
+def img2img(pipe, clear, caption, strength, guidance, steps):
+    """`steps` calls of the U-Net, away from clear weather: (B,3,H,W) in [0,1] to the same, on the CPU."""
+    import torch
+    return pipe([caption] * len(clear), negative_prompt=[CLEAR] * len(clear), image=clear, strength=strength,
+                guidance_scale=guidance, num_inference_steps=round(steps / strength), output_type="pt",
+                generator=torch.Generator(pipe.device).manual_seed(0)).images.cpu()
+
+
 def sample_figure(folder, path, device, strength=0.6):
     """Stock img2img from held-out clear scenes: one row clear, then one for each caption."""
-    import torch
     pipe = load_img2img(folder, device)
     clear = np.stack([photo(("pretraining-test", i, "clear", "original", 96, 96, False))[1] for i in range(8)])
     x = to_tensor(clear, device)
-    rows = [x]
-    for kind in KINDS:
-        out = pipe([f"a photo in heavy {kind}"] * len(x), negative_prompt=["a photo in clear weather"] * len(x), image=x,
-                   strength=strength, num_inference_steps=25, guidance_scale=3.0, generator=torch.Generator(device).manual_seed(0), output_type="pt").images
-        rows.append(out)
-    grid(rows, path)
+    grid([x] + [img2img(pipe, x, f"a photo in heavy {kind}", strength, 3.0, 15) for kind in KINDS], path)
 
 
 def train_teacher(config, work, device, autocast):

@@ -14,6 +14,8 @@ tau      temperature
 
     loss = ||eps - eps_theta(z_t, t, P)||^2 + lambda * InfoNCE(q, k)        t in 0..t_max T - 1
 
+The squares are divided by their target's variance: 1 for eps, not so where a model predicts v.
+
 Two crops of one photo share their weather (positive); crops of other photos do not (negatives, from
 a queue). The prompt that denoises crop a comes from crop b, as far from a as the photo allows: what
 the two share is the weather and little of the content (our choice; `cross_crop`).
@@ -124,10 +126,12 @@ def diffusion_loss(sd, latents, prompts, t, noise):
     """
     abar = sd.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1)
     z_t = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-    v = abar.sqrt() * noise - (1 - abar).sqrt() * latents
-    epsilon = sd.prediction_type == "epsilon"
-    error = sd.predict_noise(z_t, t, prompts) - (noise if epsilon else v)
-    return (error ** 2 / (1 if epsilon else abar + (1 - abar) * latents.var())).mean()
+    if sd.prediction_type == "epsilon":
+        target, variance = noise, 1
+    else:
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
+        variance = abar + (1 - abar) * latents.var()
+    return ((sd.predict_noise(z_t, t, prompts) - target) ** 2 / variance).mean()
 
 
 class CropPairs:

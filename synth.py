@@ -3,20 +3,20 @@
 symbol   code       shape, range
 x_c      clean      (B,3,H,W) in [0,1], a photo in good weather
 P        prompts    (B,N,d) = A(x_d): the weather of a photo x_d, unpaired with x_c
-P_0      negative   (1,N,d), a text's prompt: what guidance leads away from
-z        latents    (B,C,h,w) = E(x_c)
+P_-      negative   (1,N,d), a text's prompt: what guidance leads away from
+z_0      latents    (B,C,h,w) = E(x_c)
 t_s      start      strength * T in 1..T, how many noise levels up the content goes
 abar_t   abar       scalar, the model's own cumulative noise schedule
 eps      noise      (B,C,h,w), standard normal
 w        guidance   1: none (Ho and Salimans 2022)
 x        image      (B,3,H,W) in [0,1], the synthesized photo
 
-    perturb   z_ts = sqrt(abar_ts) z + sqrt(1 - abar_ts) eps
-    denoise   z_ts -> z_w in `steps` calls of the U-Net, each eps_0 + w (eps_P - eps_0)
-    anchor    x = D(z_w) + a (x_c - D(z_0)): z_0 from the same z_ts with the negative prompt alone
+    perturb   z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps
+    denoise   z_ts -> z_w in `steps` calls of the U-Net, each eps_- + w (eps_P - eps_-)
+    anchor    x = D(z_w) + a (x_c - D(z_-)): z_- from the same z_ts with the negative prompt alone
 
 The content comes from x_c, the weather from x_d. Negative prompt and anchor are our choice. At the
-strength that weather needs, fine content drowns in the noise and is made up anew, in z_w and z_0
+strength that weather needs, fine content drowns in the noise and is made up anew, in z_w and z_-
 alike; a is how much of the contrast the weather leaves at each place (haze: its transmission).
 """
 import os
@@ -74,20 +74,19 @@ def perturb(latents, noise, sd, start):
 @torch.no_grad()
 def denoise(z, prompts, sd, start, *, steps, guidance=1, negative=None, interval=(0.0, 1.0),
             scheduler=SynthConfig.scheduler):
-    """From z_ts (B,C,h,w) to z_0, conditioned on prompts (B,N,d), in exactly `steps` U-Net calls.
+    """From z_ts (B,C,h,w) to z_w, conditioned on prompts (B,N,d), in exactly `steps` U-Net calls.
 
     Where guidance acts, on timesteps in interval * T, a call holds 2B latents, and leads away from
     negative (1,N,d), the null prompt by default.
     """
     solver = few_step_solver(sd, start, steps, scheduler)
-    if negative is None:
-        negative = sd.null_prompt(prompts.shape[1])
-    negative = negative.expand_as(prompts)
+    if guidance != 1:
+        negative = sd.null_prompt(prompts.shape[1]) if negative is None else negative
+        pairs = torch.cat([negative.expand_as(prompts), prompts])                   # (2B,N,d)
     low, high = (part * len(sd.alphas_cumprod) for part in interval)
     for t in solver.timesteps.tolist():                    # Python ints: no waiting
         if guidance != 1 and low <= t <= high:
-            both = sd.predict_noise(z.repeat(2, 1, 1, 1), t, torch.cat([negative, prompts]))
-            away, towards = both.chunk(2)
+            away, towards = sd.predict_noise(z.repeat(2, 1, 1, 1), t, pairs).chunk(2)
             predicted = away + guidance * (towards - away)
         else:
             predicted = sd.predict_noise(z, t, prompts)
@@ -148,7 +147,8 @@ def contrast_left(plain, image, window=17):
     mean = lambda x: F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
     covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
     variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
-    return ((covariance + 3e-4) / (variance + 3e-4)).clamp(0, 1)
+    flat = 3e-4                                            # a variance that tells nothing
+    return ((covariance + flat) / (variance + flat)).clamp(0, 1)
 
 
 def draw(photos, size, seed, index, which):

@@ -5,8 +5,7 @@
 The classifier is the adapter's network with four outputs: clear, haze, rain, snow. It learns from places of the
 pretraining domain and is held against others. All that it sees, in training and after, has been through the VAE, so
 that the VAE's blur tells it nothing. Then stock img2img (diffusers' own pipeline) turns clear places that nobody was
-trained on into "a photo in heavy snow", "... rain", "... haze", with the negative prompt of synth.py, and it says what
-it sees.
+trained on into "a photo in heavy snow", "... rain", "... haze", away from clear weather, and it says what it sees.
 """
 import argparse
 import json
@@ -25,7 +24,6 @@ import d4ir
 import demo
 from models import load_stable_diffusion
 from prompt_adapter import PromptAdapter
-from synth import SynthConfig
 
 CLASSES = ("clear", *demo.KINDS)
 
@@ -66,13 +64,6 @@ def seen(network, images):
     return {name: float((found == i).float().mean()) for i, name in enumerate(CLASSES)}
 
 
-def img2img(pipe, clear, caption, strength, guidance, seed=0, steps=20):
-    """Stock diffusers, `steps` calls of the U-Net: (B,3,H,W) in [0,1] to the same."""
-    return pipe([caption] * len(clear), negative_prompt=[SynthConfig.negative_prompt] * len(clear), image=clear,
-                strength=strength, guidance_scale=guidance, num_inference_steps=round(steps / strength),
-                generator=torch.Generator(pipe.device).manual_seed(seed), output_type="pt").images.cpu()
-
-
 def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=5.0, device="cpu"):
     """Returns what the classifier sees in held-out places and in what img2img makes, and a figure's rows."""
     sd = load_stable_diffusion(folder, device)
@@ -84,7 +75,7 @@ def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.
     for strength in strengths:
         result[f"strength {strength:g}"] = {}
         for kind in demo.KINDS:
-            made = img2img(pipe, content, f"a photo in heavy {kind}", strength, guidance)
+            made = demo.img2img(pipe, content, f"a photo in heavy {kind}", strength, guidance, 20)
             result[f"strength {strength:g}"][kind] = seen(network, made)
             rows.append(made[:8])
     return result, rows
