@@ -48,8 +48,10 @@ from synth import (SCHEDULERS, SynthConfig, inputs, start_timestep, synthesize_f
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt"), "synth": ("synth.png", "synth"),
             "distill": ("student.safetensors", "student.pt", "student.pt2", "student.onnx"),
             "evaluate": ("metrics.json", "metrics.md", "metrics.csv", "figure.png", "restored")}
-WEATHER = {"derain": ("rain",), "dehaze": ("haze",), "desnow": ("snow",),
-           "all": ("rain", "haze", "snow")}
+# The captions that the prompts start at; our choice.
+CAPTIONS = {"derain": ["a photo in heavy rain"], "dehaze": ["a photo in heavy haze"],
+            "desnow": ["a photo in heavy snow"]}
+CAPTIONS["all"] = sum(CAPTIONS.values(), [])
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LARGEST = 1024                          # px: photos whose shorter side is longer are reduced
@@ -276,8 +278,7 @@ def load_photos(folder, side, run, flag):
 def run_adapter(run, sd, degraded):
     torch.manual_seed(run.args.seed)
     tokens = run.adapter.tokens
-    captions = [f"a photo in heavy {weather}" for weather in WEATHER[run.args.task]]
-    base = sd.text_prompt(captions, tokens).mean(0, keepdim=True)      # our choice
+    base = sd.text_prompt(CAPTIONS[run.args.task], tokens)
     adapter = PromptAdapter(sd.width, tokens, base=base)
     seed = run.args.seed + 1000 * run.rank
     loader = CropPairs(degraded, sd, run.synth.size or sd.size, run.adapter.batch, seed)

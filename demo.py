@@ -608,7 +608,7 @@ class Pretraining:
     vae_crop: int = 64              # px
     vae_lr: float = 2e-3
     kl: float = 1e-6                # weight of the KL term, mean over the latents' elements
-    unet_steps: int = 5000
+    unet_steps: int = 7500
     unet_batch: int = 32
     unet_crop: int = 64             # px; it has no notion of place, and works at 96 px then, at 0.44 of the cost
     unet_lr: float = 6e-4

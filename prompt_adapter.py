@@ -17,8 +17,9 @@ tau      temperature
 The squares are divided by their target's variance: 1 for eps, not so where a model predicts v.
 
 Two crops of one photo share their weather (positive); crops of other photos do not (negatives, from
-a queue). The prompt that denoises crop a comes from crop b, as far from a as the photo allows: what
-the two share is the weather and little of the content (our choice; `cross_crop`).
+a queue). The prompt that denoises crop a comes from crop b, as far from a as the photo allows and in
+another tone: what the two share is the weather, and little of the content and of the light (our
+choice; `cross_crop`, `jitter`).
 """
 import copy
 import json
@@ -43,15 +44,16 @@ from tqdm import tqdm
 class AdapterConfig:
     """DPA, the adapter's training. All values are our choice; the paper's are not known to us."""
     tokens: int = 8             # N, tokens in a prompt
-    steps: int = 200            # updates
+    steps: int = 120            # updates
     batch: int = 16             # crops an update, of each process
-    lr: float = 2e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
-    t_max: float = 0.95         # noise levels up to this part of T: those of synthesis
+    lr: float = 1e-4            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
+    t_max: float = 0.4          # noise levels up to this part of T: where weather is decided
     contrast: float = 0.1       # lambda, the weight of InfoNCE; 0: the diffusion loss alone
     temperature: float = 0.2    # tau (MoCo v2: 0.2)
     queue: int = 512            # negatives kept
     momentum: float = 0.99      # of the key encoder; MoCo's 0.999 is for longer trainings
     drop: float = 0.0           # share of prompts replaced by the null one; a frozen U-Net knows it
+    jitter: float = 0.4         # how far the tone of what A sees in training is changed; 0: not
     cross_crop: bool = True     # the prompt for crop a comes from crop b; off: from a itself
     save_every: int = 50        # updates between checkpoints, and between reports
 
@@ -60,13 +62,21 @@ class PromptAdapter(nn.Module):
     """A: a degraded photo to N prompt tokens. Convolutions, then the mean and deviation of their
     features at three scales: weather is the same all over a photo, content is not.
 
-    width: d, the U-Net's cross-attention width. tokens: N. base: (1,N,d), where the prompts start;
-    the prompt of a caption is a good one.
+        P = sum_k pi_k(x_d) B_k + W (f(x_d) - mean f) / deviation f,    pi = softmax
+
+    Captions' prompts B_k say how much weather there is; the photo says which, and how it differs
+    from the other photos. Without the mean taken off, the diffusion loss draws all prompts to the
+    web photos' own amount of weather, which is less than a teacher has seen (our choice).
+
+    width: d, the U-Net's cross-attention width. tokens: N. base: (K,N,d), the prompts B_k of K
+    captions, which stay as they are; zeros of (captions,N,d) if None.
     """
 
-    def __init__(self, width, tokens=8, channels=32, embedding=128, base=None):
+    def __init__(self, width, tokens=8, channels=32, embedding=128, captions=1, base=None):
         super().__init__()
-        self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding)
+        base = torch.zeros(captions, tokens, width) if base is None else base.detach().clone()
+        self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
+                           captions=len(base))
         c, hidden = channels, 16 * channels
 
         def scale(inner, outer):                                    # halves height and width
@@ -75,13 +85,14 @@ class PromptAdapter(nn.Module):
 
         self.scales = nn.ModuleList([scale(3, 2 * c), scale(2 * c, 4 * c), scale(4 * c, 8 * c)])
         self.mix = nn.Sequential(nn.LayerNorm(28 * c), nn.Linear(28 * c, hidden), nn.SiLU())
+        self.choose = nn.Linear(hidden, len(base))
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
-                                        nn.Linear(hidden, tokens * width))
+                                        nn.BatchNorm1d(hidden, affine=False),
+                                        nn.Linear(hidden, tokens * width, bias=False))
         self.project = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                      nn.Linear(hidden, embedding))
-        self.base = nn.Parameter(torch.zeros(1, tokens, width) if base is None else base.clone())
-        nn.init.normal_(self.to_prompts[-1].weight, std=0.01)
-        nn.init.zeros_(self.to_prompts[-1].bias)
+        self.register_buffer("base", base)
+        nn.init.zeros_(self.to_prompts[-1].weight)                  # starts at the captions
 
     def forward(self, degraded, with_embedding=False):
         """degraded: (B,3,H,W) in [0,1], any size from 8 px. Returns the prompts (B,N,d), and on
@@ -92,7 +103,9 @@ class PromptAdapter(nn.Module):
             flat = x.flatten(2).float()
             pooled += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(pooled, 1))                   # (B,16c)
-        prompts = self.base + self.to_prompts(features).float().view(-1, *self.base.shape[1:])
+        shares = self.choose(features).float().softmax(1)           # (B,K)
+        prompts = torch.einsum("bk,knd->bnd", shares, self.base.float())
+        prompts = prompts + self.to_prompts(features).float().view_as(prompts)
         if with_embedding:
             return prompts, F.normalize(self.project(features).float(), dim=1)
         return prompts
@@ -132,6 +145,14 @@ def diffusion_loss(sd, latents, prompts, t, noise):
         target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
         variance = abar + (1 - abar) * latents.var()
     return ((sd.predict_noise(z_t, t, prompts) - target) ** 2 / variance).mean()
+
+
+def jitter(images, amount, generator):
+    """Random contrast and tint of each of (B,3,H,W) in [0,1], on the generator's device: the tone
+    is the other thing that two crops share, and the easier to learn."""
+    draw = lambda n: amount * (2 * torch.rand(len(images), n, 1, 1, generator=generator,
+                                              device=images.device) - 1)
+    return ((images - 0.5) * (1 + draw(1)) + 0.5 + draw(3) / 2).clamp(0, 1) if amount else images
 
 
 class CropPairs:
@@ -181,10 +202,13 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
       through again and again until `config.steps` updates are done.
     checkpoint: a path; written every `config.save_every` updates, gone on from where it is there.
     Returns the mean losses of the last updates, {"diffusion", "contrastive"}; {} if none was left.
-    Raises ValueError for an empty loader, a queue smaller than a batch, or t_max outside (0,1].
+    Raises ValueError for an empty loader, a batch of one, a queue smaller than a batch, or t_max
+    outside (0,1].
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
+    if config.batch < 2:
+        raise ValueError("a batch must hold at least 2: prompts are relative to the batch's mean")
     if config.queue < config.batch:
         raise ValueError(f"the queue must hold a batch: {config.queue} against {config.batch}")
     if not 0 < config.t_max <= 1:
@@ -220,8 +244,9 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
         latents, a, b, photo = (x.to(device) for x in batch)
         latents = latents.float()
         a, b = (x / 255 if x.dtype is torch.uint8 else x for x in (a, b))
-        source, other = (b, a) if config.cross_crop else (a, b)
         generator.manual_seed(seed * 1_000_003 + step)       # so a resumed run draws the same
+        source, other = (b, a) if config.cross_crop else (a, b)
+        source, other = (jitter(x, config.jitter, generator) for x in (source, other))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step / steps)
         t = torch.randint(levels, (len(a),), generator=generator, device=device)

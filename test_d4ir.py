@@ -130,10 +130,11 @@ def test_diffusion_loss_is_zero_for_a_model_that_knows(prediction_type):
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(sd):
-    adapter = prompt_adapter.PromptAdapter(sd.width, 4)
-    latents, degraded = noise(1, 2, 4, 8, 8), photo(2, 64, 64).expand(2, 3, 64, 64)
+    adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=sd.text_prompt(["a photo in heavy snow", "a photo in heavy rain"], 4))
+    nn.init.normal_(adapter.to_prompts[-1].weight, std=0.01)
+    latents, degraded = noise(1, 4, 4, 8, 8), torch.stack([photo(i, 64, 64) for i in range(4)])
     prompts, embedding = adapter(degraded, with_embedding=True)
-    loss = prompt_adapter.diffusion_loss(sd, latents, prompts, torch.tensor([100, 700]), noise(3, 2, 4, 8, 8))
+    loss = prompt_adapter.diffusion_loss(sd, latents, prompts, torch.tensor([100, 300, 500, 700]), noise(3, 4, 4, 8, 8))
     (loss + prompt_adapter.info_nce(embedding, embedding.detach(), noise(4, 6, 128), 0.2)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
     for frozen in (sd.unet, sd.vae, sd.text_encoder):
@@ -169,9 +170,9 @@ def test_adapter_training_learns_resumes_and_leaves_the_unet_alone(sd, tmp_path)
     train(6, tmp_path / "a.pt", stop=5)
     resumed = train(6, tmp_path / "a.pt")
     assert all(torch.allclose(whole[k], resumed[k], atol=1e-6) for k in whole)
-    assert not torch.equal(whole["base"], sd.null_prompt(4))
+    assert torch.equal(whole["base"], sd.null_prompt(4)) and whole["to_prompts.3.weight"].abs().sum() > 0
     assert all(torch.equal(a, b) for a, b in zip(before, sd.unet.parameters()))
-    for loader, settings, said in (([], {}, "empty"), (photos, {"queue": 2}, "queue"), (photos, {"t_max": 1.5}, "t_max")):
+    for loader, settings, said in (([], {}, "empty"), (photos, {"batch": 1}, "batch"), (photos, {"queue": 2}, "queue"), (photos, {"t_max": 1.5}, "t_max")):
         with pytest.raises(ValueError, match=said):
             prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4), sd, loader, prompt_adapter.AdapterConfig(**settings))
 
@@ -185,15 +186,38 @@ def test_the_prompt_of_crop_a_comes_from_crop_b(sd):
     batch = (noise(0, 2, 4, 8, 8), a, b, torch.tensor([0, 1]))
     for cross in (True, False):
         seen = []
-        config = prompt_adapter.AdapterConfig(steps=1, batch=2, queue=4, cross_crop=cross)
+        config = prompt_adapter.AdapterConfig(steps=1, batch=2, queue=4, cross_crop=cross, jitter=0)
         prompt_adapter.train_adapter(Spy(sd.width, 4), sd, [batch], config)
         from_b, from_a = (sum(torch.equal(x, crop) for x in seen) for crop in (b, a))
         assert (from_b, from_a) == (1, 1)
         assert torch.equal(seen[0], b if cross else a)     # the prompt's first, then the key's
 
 
+def test_jitter_changes_the_tone_and_keeps_the_rest():
+    x = 0.3 + 0.4 * torch.stack([photo(i, 32, 40) for i in range(16)])
+    made = lambda amount: prompt_adapter.jitter(x, amount, torch.Generator().manual_seed(0))
+    assert torch.equal(made(0), x) and torch.equal(made(0.4), made(0.4))
+    y = made(0.4)
+    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
+    assert 0.05 < (y - x).mean((2, 3)).std() < 0.2 and 0.1 < (y.std((2, 3)) / x.std((2, 3))).std() < 0.4
+    for before, after in zip(x.flatten(0, 1), y.flatten(0, 1)):
+        assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.9
+
+
+def test_prompts_start_at_the_captions_and_keep_their_mean():
+    base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
+    adapter = prompt_adapter.PromptAdapter(32, 4, base=base)
+    assert torch.allclose(adapter(photos), base.expand(8, -1, -1))
+    nn.init.normal_(adapter.to_prompts[-1].weight, std=0.1)
+    prompts = adapter(photos)
+    assert torch.allclose(prompts.mean(0, keepdim=True), base, atol=1e-4) and prompts.std(0).mean() > 0.1
+    several = prompt_adapter.PromptAdapter(32, 4, base=noise(1, 3, 4, 32))     # any mixture of three
+    low, high = several.base.amin(0), several.base.amax(0)
+    assert ((several(photos) >= low - 1e-5) & (several(photos) <= high + 1e-5)).all()
+
+
 def test_adapter_file(tmp_path):
-    adapter = prompt_adapter.PromptAdapter(32, 4).eval()
+    adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 3, 4, 32)).eval()
     prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
     x = photo(1, 50, 70)[None]
     assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(x), adapter(x))
@@ -289,8 +313,7 @@ def test_the_prompts_work_in_stock_diffusers():
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(MINI, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     sd = models.load_stable_diffusion(MINI)
-    torch.manual_seed(0)
-    adapter = prompt_adapter.PromptAdapter(sd.width)
+    adapter = prompt_adapter.PromptAdapter(sd.width).eval()
     x = photo(1, 96, 96)[None]
     with torch.no_grad():
         adapter.base.copy_(sd.text_prompt("a photo in heavy snow", adapter.config["tokens"]))
@@ -906,6 +929,7 @@ def test_on_a_gpu(folders, tmp_path):
 def test_the_adversary_widens_the_gap_with_varied_images(monkeypatch):
     torch.manual_seed(0)
     teacher, student = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+    monkeypatch.setattr(compare.Adversary, "prior", 0.0)
     loader = iter(compare.Adversary(teacher.requires_grad_(False), student, 16, 8, torch.device("cpu"), torch.float32, 0))
     gap = lambda x: (teacher(x).clamp(0, 1) - student(x)).abs().mean().item()
     first = next(loader)
@@ -913,12 +937,14 @@ def test_the_adversary_widens_the_gap_with_varied_images(monkeypatch):
         last = next(loader)
     assert gap(last) > 1.1 * gap(first)
     assert first.shape == (8, 3, 16, 16) and first.min() >= 0 and first.max() <= 1 and not last.requires_grad
-    varied = {}
-    for weight in (0.0, 30.0):
-        monkeypatch.setattr(compare.Adversary, "variety", weight)
-        loader = iter(compare.Adversary(teacher, student, 16, 8, torch.device("cpu"), torch.float32, 0))
-        varied[weight] = [next(loader) for _ in range(60)][-1].std(0).mean()
-    assert varied[30.0] > 1.1 * varied[0.0]
+    def trained(what, weight):
+        with monkeypatch.context() as patch:
+            patch.setattr(compare.Adversary, what, weight)
+            loader = iter(compare.Adversary(teacher, student, 16, 8, torch.device("cpu"), torch.float32, 0))
+            return [next(loader) for _ in range(60)][-1]
+    assert trained("variety", 30.0).std(0).mean() > 1.1 * trained("variety", 0.0).std(0).mean()
+    kept = lambda x: (teacher(x).clamp(0, 1) - x).abs().mean()
+    assert kept(trained("prior", 30.0)) < 0.95 * kept(trained("prior", 0.0))
 
 
 def test_comparison_shares_resumes_and_refuses(folders, tmp_path, monkeypatch):
