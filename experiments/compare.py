@@ -292,7 +292,7 @@ def compare(bench, names, seeds):
         total = students + took.get("adapter", 0) + took.get("synth", 0)
         speed = {"images_per_s": run.synth.images / took["synth"]} if "synth" in took else {}
         note = NOTES[name].format(lr=Adversary.lr, variety=Adversary.variety, prior=Adversary.prior,
-                                  captions=d4ir.CAPTIONS[run.args.task], **asdict(run.synth))
+                                  captions=", ".join(map(repr, d4ir.CAPTIONS[run.args.task])), **asdict(run.synth))
         rows.append({"source": name} | found | speed | {"minutes": total / 60, "note": note})
     level = {row["source"]: row["psnr_rgb"]["mean"] for row in rows}
     if level.get("original", 0) > level["input"]:
