@@ -69,14 +69,13 @@ class PromptAdapter(nn.Module):
     web photos' own amount of weather, which is less than a teacher has seen (our choice).
 
     width: d, the U-Net's cross-attention width. tokens: N. base: (K,N,d), the prompts B_k of K
-    captions, which stay as they are; zeros of (captions,N,d) if None.
+    captions, which stay as they are; zeros of (1,N,d) if None.
     """
 
-    def __init__(self, width, tokens=8, channels=32, embedding=128, captions=1, base=None):
+    def __init__(self, width, tokens=8, channels=32, embedding=128, base=None):
         super().__init__()
-        base = torch.zeros(captions, tokens, width) if base is None else base.detach().clone()
-        self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
-                           captions=len(base))
+        base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
+        self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding)
         c, hidden = channels, 16 * channels
 
         def scale(inner, outer):                                    # halves height and width
@@ -314,8 +313,10 @@ def load_adapter(path, device="cpu"):
     """The adapter that `save_adapter` wrote, in eval mode. Raises ValueError for other files."""
     try:
         with safe_open(path, "pt") as file:
-            adapter = PromptAdapter(**json.loads(file.metadata()["adapter"]))
-            adapter.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
+            state = {k: file.get_tensor(k) for k in file.keys()}
+            config = json.loads(file.metadata()["adapter"])
+            adapter = PromptAdapter(**config, base=state["base"])
+            adapter.load_state_dict(state)
     except Exception as error:                             # safetensors raises private kinds
         raise ValueError(f"{path}: not an adapter of this project ({error})") from None
     return adapter.requires_grad_(False).eval().to(device)

@@ -937,6 +937,7 @@ def test_the_adversary_widens_the_gap_with_varied_images(monkeypatch):
         last = next(loader)
     assert gap(last) > 1.1 * gap(first)
     assert first.shape == (8, 3, 16, 16) and first.min() >= 0 and first.max() <= 1 and not last.requires_grad
+
     def trained(what, weight):
         with monkeypatch.context() as patch:
             patch.setattr(compare.Adversary, what, weight)

@@ -44,9 +44,9 @@ OF_D4IR = {"no-content": ("adapter",), "d4ir+web": ("adapter", "synth")}        
 NOTES = {
     "original": "the teacher's own training photos, degraded",
     "web-degraded": "the adapter's photos, as they are", "web-clean": "the photos that give the content, as they are",
-    "gan": "a generator from noise, updated once for each of the student's updates, by Adam at {lr:g}: "
-           "-log |T(x) - S(x)| - {variety:g} |G(a) - G(b)| / |a - b| + {prior:g} |T(x) - x| (Fang et al. 2019; Mao et al. "
-           "2019; Zhang et al. 2021)",
+    "gan": "a generator from noise, updated once for each of the student's updates, by Adam at {gan.lr:g}: "
+           "-log |T(x) - S(x)| - {gan.variety:g} |G(a) - G(b)| / |a - b| + {gan.prior:g} |T(x) - x| "
+           "(Fang et al. 2019; Mao et al. 2019; Zhang et al. 2021)",
     "sd-text": "{captions} (in turn, where there are several) in place of the adapter's prompts, which start there",
     "no-contrast": "--adapter-contrast 0", "no-cross-crop": "--no-adapter-cross-crop",
     "no-content": "--strength 1 --no-anchor, and a grey picture in place of the clean photos",
@@ -291,8 +291,8 @@ def compare(bench, names, seeds):
         students = statistics.fmean(v for k, v in took.items() if k.startswith("student"))
         total = students + took.get("adapter", 0) + took.get("synth", 0)
         speed = {"images_per_s": run.synth.images / took["synth"]} if "synth" in took else {}
-        note = NOTES[name].format(lr=Adversary.lr, variety=Adversary.variety, prior=Adversary.prior,
-                                  captions=", ".join(map(repr, d4ir.CAPTIONS[run.args.task])), **asdict(run.synth))
+        captions = ", ".join(map(repr, d4ir.CAPTIONS[run.args.task]))
+        note = NOTES[name].format(gan=Adversary, captions=captions, **asdict(run.synth))
         rows.append({"source": name} | found | speed | {"minutes": total / 60, "note": note})
     level = {row["source"]: row["psnr_rgb"]["mean"] for row in rows}
     if level.get("original", 0) > level["input"]:
