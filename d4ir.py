@@ -48,7 +48,7 @@ from synth import (SCHEDULERS, SynthConfig, inputs, start_timestep, synthesize_f
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt"), "synth": ("synth.png", "synth"),
             "distill": ("student.safetensors", "student.pt", "student.pt2", "student.onnx"),
             "evaluate": ("metrics.json", "metrics.md", "metrics.csv", "figure.png", "restored")}
-# The captions that the prompts start at; our choice.
+# The captions at whose mean the prompts start; our choice.
 CAPTIONS = {"derain": ["a photo in heavy rain"], "dehaze": ["a photo in heavy haze"],
             "desnow": ["a photo in heavy snow"]}
 CAPTIONS["all"] = sum(CAPTIONS.values(), [])
@@ -277,9 +277,8 @@ def load_photos(folder, side, run, flag):
 
 def run_adapter(run, sd, degraded):
     torch.manual_seed(run.args.seed)
-    tokens = run.adapter.tokens
-    base = sd.text_prompt(CAPTIONS[run.args.task], tokens)
-    adapter = PromptAdapter(sd.width, tokens, base=base)
+    base = sd.text_prompt(CAPTIONS[run.args.task], run.adapter.tokens).mean(0, keepdim=True)
+    adapter = PromptAdapter(sd.width, base.shape[1], base=base)
     seed = run.args.seed + 1000 * run.rank
     loader = CropPairs(degraded, sd, run.synth.size or sd.size, run.adapter.batch, seed)
     train_adapter(adapter, sd, loader, run.adapter, seed=seed, checkpoint=run.out / "adapter.pt")

@@ -43,7 +43,7 @@ from tqdm import tqdm
 @dataclass
 class AdapterConfig:
     """DPA, the adapter's training. All values are our choice; the paper's are not known to us."""
-    tokens: int = 8             # N, tokens in a prompt
+    tokens: int = 0             # N, tokens in a prompt; 0: as many as the text model's
     steps: int = 120            # updates
     batch: int = 16             # crops an update, of each process
     lr: float = 1e-4            # AdamW's peak; 5 % of the updates warm up, then a cosine to 10 %
@@ -62,14 +62,14 @@ class PromptAdapter(nn.Module):
     """A: a degraded photo to N prompt tokens. Convolutions, then the mean and deviation of their
     features at three scales: weather is the same all over a photo, content is not.
 
-        P = sum_k pi_k(x_d) B_k + W (f(x_d) - mean f) / deviation f,    pi = softmax
+        P = B + W (f(x_d) - mean f) / deviation f
 
-    Captions' prompts B_k say how much weather there is; the photo says which, and how it differs
-    from the other photos. Without the mean taken off, the diffusion loss draws all prompts to the
-    web photos' own amount of weather, which is less than a teacher has seen (our choice).
+    A caption's prompt B says how much weather there is, the photo how its own differs from the
+    other photos'. Without the mean taken off, the diffusion loss draws all prompts to the web
+    photos' own amount of weather, which is less than a teacher has seen (our choice).
 
-    width: d, the U-Net's cross-attention width. tokens: N. base: (K,N,d), the prompts B_k of K
-    captions, which stay as they are; zeros of (1,N,d) if None.
+    width: d, the U-Net's cross-attention width. tokens: N. base: B (1,N,d), which stays as it is;
+    zeros if None.
     """
 
     def __init__(self, width, tokens=8, channels=32, embedding=128, base=None):
@@ -84,14 +84,13 @@ class PromptAdapter(nn.Module):
 
         self.scales = nn.ModuleList([scale(3, 2 * c), scale(2 * c, 4 * c), scale(4 * c, 8 * c)])
         self.mix = nn.Sequential(nn.LayerNorm(28 * c), nn.Linear(28 * c, hidden), nn.SiLU())
-        self.choose = nn.Linear(hidden, len(base))
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                         nn.BatchNorm1d(hidden, affine=False),
                                         nn.Linear(hidden, tokens * width, bias=False))
         self.project = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                      nn.Linear(hidden, embedding))
         self.register_buffer("base", base)
-        nn.init.zeros_(self.to_prompts[-1].weight)                  # starts at the captions
+        nn.init.zeros_(self.to_prompts[-1].weight)                  # starts at the caption
 
     def forward(self, degraded, with_embedding=False):
         """degraded: (B,3,H,W) in [0,1], any size from 8 px. Returns the prompts (B,N,d), and on
@@ -102,9 +101,8 @@ class PromptAdapter(nn.Module):
             flat = x.flatten(2).float()
             pooled += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(pooled, 1))                   # (B,16c)
-        shares = self.choose(features).float().softmax(1)           # (B,K)
-        prompts = torch.einsum("bk,knd->bnd", shares, self.base.float())
-        prompts = prompts + self.to_prompts(features).float().view_as(prompts)
+        shape = len(x), *self.base.shape[1:]
+        prompts = self.base + self.to_prompts(features).float().view(shape)
         if with_embedding:
             return prompts, F.normalize(self.project(features).float(), dim=1)
         return prompts
@@ -315,7 +313,7 @@ def load_adapter(path, device="cpu"):
         with safe_open(path, "pt") as file:
             state = {k: file.get_tensor(k) for k in file.keys()}
             config = json.loads(file.metadata()["adapter"])
-            adapter = PromptAdapter(**config, base=state["base"])
+            adapter = PromptAdapter(**config)
             adapter.load_state_dict(state)
     except Exception as error:                             # safetensors raises private kinds
         raise ValueError(f"{path}: not an adapter of this project ({error})") from None

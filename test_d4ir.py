@@ -130,7 +130,7 @@ def test_diffusion_loss_is_zero_for_a_model_that_knows(prediction_type):
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(sd):
-    adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=sd.text_prompt(["a photo in heavy snow", "a photo in heavy rain"], 4))
+    adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=sd.text_prompt("a photo in heavy snow", 4))
     nn.init.normal_(adapter.to_prompts[-1].weight, std=0.01)
     latents, degraded = noise(1, 4, 4, 8, 8), torch.stack([photo(i, 64, 64) for i in range(4)])
     prompts, embedding = adapter(degraded, with_embedding=True)
@@ -204,20 +204,17 @@ def test_jitter_changes_the_tone_and_keeps_the_rest():
         assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.9
 
 
-def test_prompts_start_at_the_captions_and_keep_their_mean():
+def test_prompts_start_at_the_caption_and_keep_its_mean():
     base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
     adapter = prompt_adapter.PromptAdapter(32, 4, base=base)
     assert torch.allclose(adapter(photos), base.expand(8, -1, -1))
     nn.init.normal_(adapter.to_prompts[-1].weight, std=0.1)
     prompts = adapter(photos)
     assert torch.allclose(prompts.mean(0, keepdim=True), base, atol=1e-4) and prompts.std(0).mean() > 0.1
-    several = prompt_adapter.PromptAdapter(32, 4, base=noise(1, 3, 4, 32))     # any mixture of three
-    low, high = several.base.amin(0), several.base.amax(0)
-    assert ((several(photos) >= low - 1e-5) & (several(photos) <= high + 1e-5)).all()
 
 
 def test_adapter_file(tmp_path):
-    adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 3, 4, 32)).eval()
+    adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 1, 4, 32)).eval()
     prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
     x = photo(1, 50, 70)[None]
     assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(x), adapter(x))

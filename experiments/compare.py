@@ -38,7 +38,7 @@ ROWS = {"original": "original data", "web-degraded": "web, degraded", "web-clean
         "gan": "GAN", "sd-text": "SD, text", "no-contrast": "D4IR without contrast",
         "no-cross-crop": "D4IR without cross-crop", "no-content": "D4IR without content",
         "d4ir": "D4IR", "d4ir+web": "D4IR and web"}
-SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 3.0, 5.0, 8.0),
+SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
 OF_D4IR = {"no-content": ("adapter",), "d4ir+web": ("adapter", "synth")}                # what a row takes from D4IR's
 NOTES = {
