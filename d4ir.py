@@ -450,7 +450,8 @@ def main(argv=None):
     pairs, teacher = look(run)
     stages = [stage for stage in PRODUCTS if stage in (args.stage or PRODUCTS)]
     for need, stage in zip(PRODUCTS, list(PRODUCTS)[1:]):
-        if stage in stages and need not in stages and not run.finished(need):
+        lost = args.restart and stage != stages[0]             # --restart would delete it
+        if stage in stages and need not in stages and (lost or not run.finished(need)):
             raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[need][0]}: run --stage "
                              f"{need} first")
     sd = None

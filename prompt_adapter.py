@@ -57,6 +57,17 @@ class AdapterConfig:
     cross_crop: bool = True     # the prompt for crop a comes from crop b; off: from a itself
     save_every: int = 50        # updates between checkpoints, and between reports
 
+    def __post_init__(self):
+        if self.batch < 2:
+            raise ValueError("the adapter's batch must hold at least 2: prompts are relative to "
+                             "the batch's mean")
+        if self.queue < self.batch:
+            raise ValueError(f"the queue must hold a batch: {self.queue} against {self.batch}")
+        if not 0 < self.t_max <= 1:
+            raise ValueError(f"t_max must lie in (0, 1], not {self.t_max}")
+        if self.temperature <= 0:
+            raise ValueError(f"the temperature must be above 0, not {self.temperature}")
+
 
 class PromptAdapter(nn.Module):
     """A: a degraded photo to N prompt tokens. Convolutions, then the mean and deviation of their
@@ -69,12 +80,14 @@ class PromptAdapter(nn.Module):
     photos' own amount of weather, which is less than a teacher has seen (our choice).
 
     width: d, the U-Net's cross-attention width. tokens: N. base: B (1,N,d), which stays as it is;
-    zeros if None.
+    zeros if None. Raises ValueError for a base of another shape.
     """
 
-    def __init__(self, width, tokens=8, channels=32, embedding=128, base=None):
+    def __init__(self, width, tokens, channels=32, embedding=128, base=None):
         super().__init__()
         base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
+        if base.shape != (1, tokens, width):
+            raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}")
         self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding)
         c, hidden = channels, 16 * channels
 
@@ -158,7 +171,7 @@ class CropPairs:
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide. The latents of whole photos are
     computed once and kept: a crop of them is close to the latents of the crop, and encoding each
-    crop would make a step 1.67 times as long. b is the crop of eight that overlaps least with a.
+    crop would make a step 1.67 times as long. b is the farthest from a of eight crops.
     """
 
     def __init__(self, photos, sd, size, batch, seed=0):
@@ -199,17 +212,11 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
       through again and again until `config.steps` updates are done.
     checkpoint: a path; written every `config.save_every` updates, gone on from where it is there.
     Returns the mean losses of the last updates, {"diffusion", "contrastive"}; {} if none was left.
-    Raises ValueError for an empty loader, a batch of one, a queue smaller than a batch, or t_max
-    outside (0,1].
+    Of several processes each has its own batches, queue and means; they share the gradients.
+    Raises ValueError for an empty loader.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
-    if config.batch < 2:
-        raise ValueError("a batch must hold at least 2: prompts are relative to the batch's mean")
-    if config.queue < config.batch:
-        raise ValueError(f"the queue must hold a batch: {config.queue} against {config.batch}")
-    if not 0 < config.t_max <= 1:
-        raise ValueError(f"t_max must lie in (0, 1], not {config.t_max}")
     device, steps = sd.device, config.steps
     sd.unet.requires_grad_(False)                                   # frozen
     adapter.to(device, memory_format=torch.channels_last).train()
@@ -312,9 +319,10 @@ def load_adapter(path, device="cpu"):
     try:
         with safe_open(path, "pt") as file:
             state = {k: file.get_tensor(k) for k in file.keys()}
-            config = json.loads(file.metadata()["adapter"])
+            config = json.loads((file.metadata() or {})["adapter"])
             adapter = PromptAdapter(**config)
             adapter.load_state_dict(state)
     except Exception as error:                             # safetensors raises private kinds
-        raise ValueError(f"{path}: not an adapter of this project ({error})") from None
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not an adapter of this project ({said})") from None
     return adapter.requires_grad_(False).eval().to(device)

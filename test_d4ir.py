@@ -172,7 +172,8 @@ def test_adapter_training_learns_resumes_and_leaves_the_unet_alone(sd, tmp_path)
     assert all(torch.allclose(whole[k], resumed[k], atol=1e-6) for k in whole)
     assert torch.equal(whole["base"], sd.null_prompt(4)) and whole["to_prompts.3.weight"].abs().sum() > 0
     assert all(torch.equal(a, b) for a, b in zip(before, sd.unet.parameters()))
-    for loader, settings, said in (([], {}, "empty"), (photos, {"batch": 1}, "batch"), (photos, {"queue": 2}, "queue"), (photos, {"t_max": 1.5}, "t_max")):
+    for loader, settings, said in (([], {}, "empty"), (photos, {"batch": 1}, "batch"), (photos, {"queue": 2}, "queue"), (photos, {"t_max": 1.5}, "t_max"),
+                                   (photos, {"temperature": 0.0}, "temperature")):
         with pytest.raises(ValueError, match=said):
             prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4), sd, loader, prompt_adapter.AdapterConfig(**settings))
 
@@ -209,12 +210,21 @@ def test_prompts_start_at_the_caption_and_keep_its_mean():
     adapter = prompt_adapter.PromptAdapter(32, 4, base=base)
     assert torch.allclose(adapter(photos), base.expand(8, -1, -1))
     nn.init.normal_(adapter.to_prompts[-1].weight, std=0.1)
-    prompts = adapter(photos)
+    for _ in range(100):
+        prompts = adapter(photos)
     assert torch.allclose(prompts.mean(0, keepdim=True), base, atol=1e-4) and prompts.std(0).mean() > 0.1
+    adapter.eval()                                         # by then it knows the mean
+    assert torch.allclose(adapter(photos).mean(0, keepdim=True), base, atol=1e-2)
+    assert torch.allclose(adapter(photos)[:1], adapter(photos[:1]), atol=1e-4)
+    with pytest.raises(ValueError, match=r"must be \(1, 4, 32\)"):
+        prompt_adapter.PromptAdapter(32, 4, base=noise(0, 3, 4, 32))
 
 
 def test_adapter_file(tmp_path):
-    adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 1, 4, 32)).eval()
+    adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 1, 4, 32))
+    nn.init.normal_(adapter.to_prompts[-1].weight)
+    adapter(torch.stack([photo(i, 48, 48) for i in range(4)]))     # a mean and a deviation of its own
+    adapter.eval()
     prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
     x = photo(1, 50, 70)[None]
     assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(x), adapter(x))
@@ -310,10 +320,9 @@ def test_the_prompts_work_in_stock_diffusers():
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(MINI, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     sd = models.load_stable_diffusion(MINI)
-    adapter = prompt_adapter.PromptAdapter(sd.width).eval()
+    adapter = prompt_adapter.PromptAdapter(sd.width, 8, base=sd.text_prompt("a photo in heavy snow", 8)).eval()
     x = photo(1, 96, 96)[None]
     with torch.no_grad():
-        adapter.base.copy_(sd.text_prompt("a photo in heavy snow", adapter.config["tokens"]))
         prompts = adapter(x)
     out = pipe(prompt_embeds=prompts, image=x, strength=0.6, guidance_scale=2.0, num_inference_steps=5, output_type="pt",
                generator=torch.Generator().manual_seed(0)).images
@@ -876,6 +885,9 @@ def test_a_corrected_command_and_a_restart(folders, tmp_path):
     after = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "run").iterdir()}
     assert {name for name in after if after[name] != times[name]} >= {"student.safetensors", "metrics.json"}
     assert after["adapter.safetensors"] == times["adapter.safetensors"] and after["synth.png"] == times["synth.png"]
+    with pytest.raises(ValueError, match="run --stage distill first"):     # a stage in between, which --restart would delete
+        go("--restart", "--stage", "synth", "evaluate")
+    assert (tmp_path / "run/student.safetensors").exists()
     with pytest.raises(ValueError, match="is one of the photos"):
         d4ir.main(["--task", "desnow", "--out", str(tmp_path / "run"), "--stage", "restore", "--input", str(folders / "test/input"),
                    "--output", str(folders / "test/input")])

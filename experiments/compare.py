@@ -47,7 +47,7 @@ NOTES = {
     "gan": "a generator from noise, updated once for each of the student's updates, by Adam at {gan.lr:g}: "
            "-log |T(x) - S(x)| - {gan.variety:g} |G(a) - G(b)| / |a - b| + {gan.prior:g} |T(x) - x| "
            "(Fang et al. 2019; Mao et al. 2019; Zhang et al. 2021)",
-    "sd-text": "{captions} (in turn, where there are several) in place of the adapter's prompts, which start there",
+    "sd-text": "{captions} (in turn, where there are several) in place of the adapter's prompts, which start at their mean",
     "no-contrast": "--adapter-contrast 0", "no-cross-crop": "--no-adapter-cross-crop",
     "no-content": "--strength 1 --no-anchor, and a grey picture in place of the clean photos",
     "d4ir": "strength {strength:g}, guidance {guidance:g}, {images} images", "d4ir+web": "both lists of images together"}
@@ -115,8 +115,8 @@ class Adversary:
 class Captions:
     """What stands in the adapter's place for `sd-text`: captions' prompts, in turn."""
 
-    def __init__(self, sd, task):
-        self.prompts = sd.text_prompt(d4ir.CAPTIONS[task])
+    def __init__(self, sd, task, tokens):
+        self.prompts = sd.text_prompt(d4ir.CAPTIONS[task], tokens)
 
     def __call__(self, degraded):
         return self.prompts[torch.arange(len(degraded)) % len(self.prompts)]
@@ -165,6 +165,9 @@ class Bench:
                 synthesize_folder(*photos, adapter, self.sd, run.synth, run.out / "synth", seed=run.args.seed)
         return [read_image(file) for file in files]
 
+    def captions(self):
+        return Captions(self.sd, self.run.args.task, self.run.adapter.tokens)
+
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, which makes its own as it goes."""
         match name:
@@ -173,7 +176,7 @@ class Bench:
             case "gan":
                 return None
             case "sd-text":
-                return self.made(name, Captions(self.sd, self.run.args.task))
+                return self.made(name, self.captions())
             case "no-contrast":
                 return self.made(name, self.adapter(name, contrast=0.0))
             case "no-cross-crop":
@@ -259,8 +262,8 @@ def refuse_others(run, own):
     file, now = run.out / "settings.json", json.loads(json.dumps(now))
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
-        differ = [f"{key} was {old[stage].get(key)!r}, now {value!r}" for stage, part in now.items()
-                  for key, value in part.items() if old[stage].get(key) != value]
+        differ = [f"{key} was {old.get(stage, {}).get(key)!r}, now {value!r}" for stage, part in now.items()
+                  for key, value in part.items() if old.get(stage, {}).get(key) != value]
         if differ:
             raise ValueError(f"{run.out} was made with other settings: {'; '.join(differ)}. Give the same ones, or "
                              "another --out, or delete it")
@@ -322,7 +325,7 @@ def sweep(bench, what, seeds):
         else:
             images["d4ir"] = lambda: bench.made(at("d4ir"), bench.adapter("d4ir"), **{what: value})
         if what in ("strength", "guidance"):
-            images["sd-text"] = lambda: bench.made(at("sd-text"), Captions(bench.sd, bench.run.args.task), **{what: value})
+            images["sd-text"] = lambda: bench.made(at("sd-text"), bench.captions(), **{what: value})
         values.append({what: value} | {name: summary(bench.students(at(name), make, seeds))["psnr_rgb"]
                                        for name, make in images.items()})
     return values
@@ -383,8 +386,10 @@ def main(argv=None):
         parser.error(f"--seeds must be at least 1, not {own.seeds}")
     if args.stage or args.restart or run.ranks > 1:
         parser.error("--stage, --restart and torchrun are d4ir.py's alone")
-    if own.original and not own.original.is_dir():
-        raise ValueError(f"--original {own.original}: no such folder")
+    if own.original:
+        own.original = own.original.resolve()
+        if not own.original.is_dir():
+            raise ValueError(f"--original {own.original}: no such folder")
     pairs, teacher = d4ir.look(run)
     sd = d4ir.load_diffusion(run)
     refuse_others(run, own)
@@ -401,6 +406,8 @@ def main(argv=None):
         else:
             names.remove("original")
             run.say("no --original: the row of the original data, and the shares, are left out")
+            if not names:
+                raise ValueError("no row is left")
     d4ir.from_demo(run)
     pairs = pairs or find_pairs(args.test)
     if not pairs:

@@ -24,6 +24,7 @@ import d4ir
 import demo
 from models import load_stable_diffusion
 from prompt_adapter import PromptAdapter
+from synth import SynthConfig
 
 CLASSES = ("clear", *demo.KINDS)
 
@@ -64,7 +65,8 @@ def seen(network, images):
     return {name: float((found == i).float().mean()) for i, name in enumerate(CLASSES)}
 
 
-def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=5.0, device="cpu"):
+def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.6, 0.7), guidance=SynthConfig.guidance,
+          device="cpu"):
     """Returns what the classifier sees in held-out places and in what img2img makes, and a figure's rows."""
     sd = load_stable_diffusion(folder, device)
     network = train_classifier(through_vae(sd, places("pretraining", 100_000, photos, CLASSES)), steps)
@@ -84,7 +86,7 @@ def check(folder, photos=2000, steps=600, test=400, clear=40, strengths=(0.5, 0.
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", default=str(d4ir.WEIGHTS / "mini-sd"))
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=SynthConfig.guidance)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
