@@ -374,7 +374,8 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
     if unet.in_channels != vae.latent_channels:
         raise ValueError(f"{where}: its U-Net takes {unet.in_channels} channels and its VAE makes "
                          f"{vae.latent_channels} (inpainting?); plain SD 1.x or 2.x is needed")
-    if unet.addition_embed_type or unet.cross_attention_dim != text.hidden_size:
+    own = unet.addition_embed_type in (None, "text")       # "text": it reads its prompt twice
+    if not own or unet.cross_attention_dim != text.hidden_size:
         raise ValueError(f"{where}: its U-Net reads other tokens than its text encoder makes "
                          "(SDXL?); SD 1.x or 2.x is needed")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
