@@ -619,10 +619,10 @@ class Pretraining:
     vae_crop: int = 64              # px
     vae_lr: float = 2e-3
     kl: float = 1e-6                # weight of the KL term, mean over the latents' elements
-    unet_steps: int = 7500
+    unet_steps: int = 16000
     unet_batch: int = 32
     unet_crop: int = 64             # px; it has no notion of place, and works at 96 px then, at 0.44 of the cost
-    unet_lr: float = 6e-4
+    unet_lr: float = 4e-4
     latent_scale: float = 1.5       # of the latents that the U-Net sees; the more, the longer content outlives the noise
     ema: float = 0.999
     t_shift: float = -0.1           # noise levels: below 0, more of the low ones, where weather takes its shape
@@ -831,7 +831,10 @@ def new_text(folder):
     config = CLIPTextConfig(vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
                             num_attention_heads=4, max_position_embeddings=32, bos_token_id=len(vocabulary) - 2,
                             eos_token_id=len(vocabulary) - 1, pad_token_id=len(vocabulary) - 1)
-    return tokenizer, CLIPTextModel(config)
+    text = CLIPTextModel(config)
+    words = text.get_input_embeddings().weight
+    words.data *= 1 / (words.std() * words.shape[1] ** 0.5)    # of length 1: CLIP's 0.2 left rare words where they began
+    return tokenizer, text
 
 
 def new_unet():
@@ -862,6 +865,11 @@ def caption(phrases, rng, drop):
     return ", ".join([first] + [p for p in phrases[1:] if rng.random() > 0.3])
 
 
+def turned(text):
+    """A caption of the mirrored picture."""
+    return " ".join({"left": "right", "right": "left"}.get(word, word) for word in text.split())
+
+
 def train_unet(config, vae, work, device, autocast):
     """The mini-SD's U-Net and text model together: v-prediction over the latents that the VAE is taught."""
     import torch
@@ -881,12 +889,15 @@ def train_unet(config, vae, work, device, autocast):
     for i in range(trainer.start, trainer.steps):
         chosen = rng.integers(0, len(photos), n)
         corners = rng.integers(0, config.size - crop + 1, (n, 2))
-        z = latents(np.stack([photos[k, y:y + crop, x:x + crop] for k, (y, x) in zip(chosen, corners)]))
+        mirror = rng.random(n) < 0.5
+        z = latents(np.stack([photos[k, y:y + crop, x:x + crop][:, ::-1 if m else 1]
+                              for k, (y, x), m in zip(chosen, corners, mirror)]))
         z = z.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(z.shape, generator=generator).to(z, memory_format=torch.channels_last)
         t = torch.sigmoid(torch.randn(n, generator=generator) + config.t_shift)      # logit-normal (Esser et al. 2024)
         t = (t * scheduler.config.num_train_timesteps).long().to(device)
         said = [caption(phrases[k], rng, config.drop_caption) for k in chosen]
+        said = [turned(words) if m else words for words, m in zip(said, mirror)]
         ids = tokenizer(said, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         with autocast():
             v = unet(scheduler.add_noise(z, noise, t), t, text(ids).last_hidden_state).sample

@@ -43,7 +43,7 @@ class SynthConfig:
     size: int = 0               # px, their side; 0: the Stable Diffusion's own
     strength: float = 0.95      # t_s / T in (0,1]: how much content is given up for the weather
     steps: int = 10             # steps of the solver, whatever the strength
-    guidance: float = 4.0       # w; 1: none
+    guidance: float = 3.5       # w; 1: none
     guidance_from: float = 0.0  # guidance acts on timesteps from this part of T on ...
     guidance_to: float = 1.0    # ... to this one (Kynkaanniemi et al. 2024)
     negative_prompt: str = "a photo in clear weather"   # a text that guidance leads away from
