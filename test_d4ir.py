@@ -4,6 +4,7 @@
     pytest -m "slow or not slow"       # the slow ones too
 """
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -512,7 +513,9 @@ def test_stable_diffusion_has_its_own_scale_and_prompts(sd):
 
 def test_what_is_no_stable_diffusion_is_refused(tmp_path):
     for folder, message in ((tmp_path, "unet can't be loaded"), (make_sd(tmp_path / "inpaint", in_channels=9), "inpainting"),
-                            (make_sd(tmp_path / "wide", cross_attention_dim=64), "text encoder"), (make_sd(tmp_path / "x0", "sample"), "'sample'")):
+                            (make_sd(tmp_path / "wide", cross_attention_dim=64), "text encoder"), (make_sd(tmp_path / "x0", "sample"), "'sample'"),
+                            (make_sd(tmp_path / "xl", addition_embed_type="text_time", addition_time_embed_dim=8,
+                                     projection_class_embeddings_input_dim=64), "SDXL")):
         with pytest.raises(ValueError, match=message):
             models.load_stable_diffusion(folder)
 
@@ -721,6 +724,23 @@ def test_scenes_and_weather():
     assert (brighter >= image * 0.3 - 1e-5).all() and brighter.mean() > image.mean() * 0.3
     with pytest.raises(ValueError, match="hail"):
         demo.add_weather(image, depth, "hail", demo.ORIGINAL, np.random.default_rng(0))
+
+
+def test_a_place_out_of_focus_keeps_its_colours_and_its_weather_stays_sharp():
+    image, depth = demo.scene(np.random.default_rng(3), 96, 96)
+    rough = lambda x: np.abs(np.diff(x, axis=1)).mean()
+    soft = dataclasses.replace(demo.ORIGINAL, soft=1.0)
+    blurred, _ = demo.add_weather(image, depth, "clear", soft, np.random.default_rng(1))
+    assert rough(blurred) < 0.3 * rough(image) and np.allclose(blurred.mean((0, 1)), image.mean((0, 1)), atol=0.03)
+    rain, _ = demo.add_weather(image, depth, "rain", soft, np.random.default_rng(1))
+    assert rough(rain) > 2 * rough(blurred)
+    assert demo.ORIGINAL.soft == demo.WEB.soft == 0        # a means of the pretraining alone
+
+
+def test_a_mirrored_picture_has_a_mirrored_caption():
+    left = "a photo in heavy rain, long streaks, blown to the left"
+    assert demo.turned(left) == left.replace("left", "right") and demo.turned(demo.turned(left)) == left
+    assert demo.turned(demo.CLEAR) == demo.CLEAR and demo.turned("") == ""
 
 
 def test_streaks_have_the_angle_that_was_asked_for():
@@ -993,6 +1013,24 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         monkeypatch.setitem(compare.SWEEPS, what, values)
         compare.main([*map(str, command), "--sweep", what])
         assert [row[what] for row in json.loads((tmp_path / f"{what}-all.json").read_text())["values"]] == list(values)
+
+
+def test_the_mini_sd_hears_its_prompt():
+    """On places that nobody was trained on, each weather is denoised best with a caption that names it."""
+    sd, count, t = models.load_stable_diffusion(MINI), 16, 400
+    captions = ["a photo in clear weather"] + [f"a photo in heavy {kind}" for kind in demo.KINDS]
+    prompts, abar = sd.text_prompt(captions), sd.alphas_cumprod[t]
+    for k, kind in enumerate(demo.KINDS, 1):
+        weather_of = dataclasses.replace(demo.ORIGINAL, beta=(0.02, 0.03), flakes=(0.18, 0.24), streaks=(0.16, 0.2))
+        rng, places = np.random.default_rng(k), []
+        for _ in range(count):
+            places.append(demo.add_weather(*demo.scene(rng, 64, 64), kind, weather_of, rng)[0])
+        z = sd.encode(torch.from_numpy(np.stack(places)).permute(0, 3, 1, 2))
+        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(k))
+        z_t, v = abar.sqrt() * z + (1 - abar).sqrt() * eps, abar.sqrt() * eps - (1 - abar).sqrt() * z
+        with torch.no_grad():
+            errors = [(sd.predict_noise(z_t, t, prompt.expand(count, -1, -1)) - v).square().mean().item() for prompt in prompts]
+        assert min(range(4), key=errors.__getitem__) == k, (kind, errors)
 
 
 @pytest.mark.slow
