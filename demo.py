@@ -840,7 +840,7 @@ def new_text(folder):
 def new_unet():
     """Reads its prompt in cross-attention, as Stable Diffusion does, and, pooled, beside the timestep in every residual
     block, as DeepFloyd IF does: by cross-attention alone, at a quarter of the latents' size, so short a training hardly
-    learned to listen (0.3 % of the loss between "heavy rain" and "clear weather"; 4 % with it and `Weather.soft`)."""
+    learned to listen."""
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(
         sample_size=48, in_channels=6, out_channels=6, block_out_channels=(48, 96, 128, 128), layers_per_block=1,
