@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
@@ -280,7 +280,9 @@ def cost(model, size=256, runs=5):
     own = sum(t.numel() * t.element_size() for t in [x, *model.parameters(), *model.buffers()])
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        with FlopCounterMode(display=False) as flops, LiveBytes() as live:
+        fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:       # not in torch's
+                 lambda q, k, v, *others, **named: sdpa_flop_count(q, k, v)}       # own list
+        with FlopCounterMode(display=False, custom_mapping=fused) as flops, LiveBytes() as live:
             model(x)
         if x.is_cuda:
             torch.cuda.reset_peak_memory_stats()
