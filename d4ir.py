@@ -113,7 +113,9 @@ def parse(argv):
                 least[flag] = 1 if isinstance(f.default, int) and f.default else 0
             comment = f"{comment} ({f.default})".replace("%", "%%")
             group.add_argument(f"--{flag}", default=f.default, help=comment, **kind)
+    parser.set_defaults(veil=None)
     args = parser.parse_args(argv)
+    args.veil = args.task == "dehaze" if args.veil is None else args.veil
     for flag, bound in least.items():
         value = getattr(args, flag.replace("-", "_"))
         if not isinstance(value, (str, type(None))) and value < bound:

@@ -14,10 +14,12 @@ x        image      (B,3,H,W) in [0,1], the synthesized photo
     perturb   z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps
     denoise   z_ts -> z_w in `steps` calls of the U-Net, each eps_- + w (eps_P - eps_-)
     anchor    x = D(z_w) + a (x_c - D(z_-)): z_- from the same z_ts with the negative prompt alone
+    veil      x = a x_c + b instead, a and b smooth: what D(z_w) is of D(z_-)
 
 The content comes from x_c, the weather from x_d. Negative prompt and anchor are our choice. At the
 strength that weather needs, fine content drowns in the noise and is made up anew, in z_w and z_-
-alike; a is how much of the contrast the weather leaves at each place (haze: its transmission).
+alike; a is how much of the contrast the weather leaves at each place (haze: its transmission). What
+D(z_w) shows beyond a D(z_-) + b is streaks and flakes, but in haze it is made-up content.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,7 @@ class SynthConfig:
     negative_prompt: str = "a photo in clear weather"   # a text that guidance leads away from
     scheduler: str = "dpm"      # ddim, dpm (DPM-Solver++) or unipc; diffusers' own
     anchor: bool = True         # the clean photo's own fine content, at half the cost again
+    veil: bool = False          # the weather has no shape of its own: x = a x_c + b; on for dehaze
 
 
 def start_timestep(sd, strength, steps):
@@ -113,7 +116,8 @@ def few_step_solver(sd, start, steps, scheduler):
 @torch.no_grad()
 def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guidance,
                generator=None, scheduler=SynthConfig.scheduler, interval=(0.0, 1.0),
-               negative_prompt=SynthConfig.negative_prompt, anchor=SynthConfig.anchor):
+               negative_prompt=SynthConfig.negative_prompt, anchor=SynthConfig.anchor,
+               veil=SynthConfig.veil):
     """CCD: new degraded photos (B,3,H,W) in [0,1] from clean ones and prompts.
 
     clean: (B,3,H,W) in [0,1], H and W multiples of what the U-Net needs (8 f for SD).
@@ -131,24 +135,34 @@ def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guid
     negative = sd.text_prompt(negative_prompt, prompts.shape[1])
     image = sd.decode(denoise(z, prompts, sd, start, steps=steps, guidance=guidance,
                               negative=negative, interval=interval, scheduler=scheduler))
-    if anchor:
+    if anchor or veil:
         plain = sd.decode(denoise(z, negative.expand_as(prompts), sd, start, steps=steps,
                                   scheduler=scheduler))
-        image = image + contrast_left(plain, image) * (clean - plain)
+        a = contrast_left(plain, image)
+        if veil:
+            b = mean_around(image) - a * mean_around(plain)
+            image = mean_around(a) * clean + mean_around(b)
+        else:
+            image = image + a * (clean - plain)
     return image.clamp(0, 1)
 
 
-def contrast_left(plain, image, window=17):
+def contrast_left(plain, image):
     """a of image = a plain + b around each pixel, by least squares over all channels, in [0,1].
 
     plain, image: (B,3,H,W) to (B,1,H,W). The guided filter's model (He et al. 2010); 1 where all
     is flat.
     """
-    mean = lambda x: F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+    mean = mean_around
     covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
     variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
     flat = 3e-4                                            # a variance that tells nothing
     return ((covariance + flat) / (variance + flat)).clamp(0, 1)
+
+
+def mean_around(x, window=17):
+    """The mean over window x window px around each pixel: (B,C,H,W) to the same."""
+    return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
 
 
 def draw(photos, size, seed, index, which):
@@ -176,7 +190,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     size, options = config.size or sd.size, dict(
         strength=config.strength, steps=config.steps, guidance=config.guidance,
         scheduler=config.scheduler, interval=(config.guidance_from, config.guidance_to),
-        negative_prompt=config.negative_prompt, anchor=config.anchor)
+        negative_prompt=config.negative_prompt, anchor=config.anchor, veil=config.veil)
     path = lambda i: folder / f"{i:06d}.png"
     first = range(0, config.images, config.batch)[rank::ranks]
     groups = [range(i, min(i + config.batch, config.images)) for i in first]

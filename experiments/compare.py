@@ -49,7 +49,7 @@ NOTES = {
            "(Fang et al. 2019; Mao et al. 2019; Zhang et al. 2021)",
     "sd-text": "{captions} (in turn, where there are several) in place of the adapter's prompts, which start at their mean",
     "no-contrast": "--adapter-contrast 0", "no-cross-crop": "--no-adapter-cross-crop",
-    "no-content": "--strength 1 --no-anchor, and a grey picture in place of the clean photos",
+    "no-content": "--strength 1 --no-anchor --no-veil, and a grey picture in place of the clean photos",
     "d4ir": "strength {strength:g}, guidance {guidance:g}, {images} images", "d4ir+web": "both lists of images together"}
 
 
@@ -183,7 +183,7 @@ class Bench:
                 return self.made(name, self.adapter(name, cross_crop=False))
             case "no-content":
                 grey = torch.full((3, self.side, self.side), 128, dtype=torch.uint8)
-                return self.made(name, self.adapter("d4ir"), [grey], strength=1.0, anchor=False)
+                return self.made(name, self.adapter("d4ir"), [grey], strength=1.0, anchor=False, veil=False)
             case "d4ir":
                 return self.made(name, self.adapter(name))
             case "d4ir+web":
