@@ -298,8 +298,25 @@ def test_the_anchor_keeps_content_and_lets_haze_fade_it(sd):
     go = lambda **more: synth.synthesize(clean, sd.text_prompt("a photo in clear weather", 4), sd, strength=0.8, steps=2,
                                          guidance=3.0, **more)
     assert torch.allclose(go(), clean, atol=1e-4) and not torch.allclose(go(anchor=False), clean, atol=0.2)
+    assert torch.allclose(go(veil=True, anchor=False), clean, atol=1e-4)
     plain = noise(1, 2, 3, 40, 48).sigmoid()
     assert torch.allclose(synth.contrast_left(plain, 0.4 * plain + 0.5), torch.tensor(0.4), atol=0.02)
+
+
+def test_a_veil_has_no_shape_of_its_own(sd, monkeypatch):
+    """What the U-Net shows in haze and the clean photo has not does not get through; even haze does, exactly."""
+    clean, hazy = photo(1, 64, 72)[None], lambda x: 0.4 * x + 0.5
+    made_up = hazy(clean) + 0.2 * (torch.rand(1, 1, 64, 72, generator=torch.Generator().manual_seed(0)) - 0.5)
+
+    def go(image, **more):
+        images = iter([image, clean])                      # D(z_w), D(z_-)
+        monkeypatch.setattr(type(sd), "decode", lambda self, z: next(images))
+        return synth.synthesize(clean, sd.null_prompt(4), sd, strength=0.5, steps=1, **more)
+
+    off = lambda x: (x - hazy(clean)).abs().mean()
+    assert off(go(hazy(clean), veil=True)) < 0.01 and off(go(made_up)) > 0.04 and off(go(made_up, veil=True)) < 0.02
+    veiled = lambda *flags: d4ir.parse(["--task", *flags]).veil
+    assert veiled("dehaze") and not veiled("desnow") and not veiled("all") and not veiled("dehaze", "--no-veil")
 
 
 def test_synthesize_folder_goes_on_where_it_was(sd, tmp_path):
