@@ -832,8 +832,8 @@ def new_text(folder):
                             num_attention_heads=4, max_position_embeddings=32, bos_token_id=len(vocabulary) - 2,
                             eos_token_id=len(vocabulary) - 1, pad_token_id=len(vocabulary) - 1)
     text = CLIPTextModel(config)
-    words = text.get_input_embeddings().weight
-    words.data *= 1 / (words.std() * words.shape[1] ** 0.5)    # of length 1: CLIP's 0.2 left rare words where they began
+    vectors = text.get_input_embeddings().weight
+    vectors.data /= vectors.std() * vectors.shape[1] ** 0.5    # of length 1: CLIP's 0.2 left rare words where they began
     return tokenizer, text
 
 

@@ -160,9 +160,9 @@ def contrast_left(plain, image):
     return ((covariance + flat) / (variance + flat)).clamp(0, 1)
 
 
-def mean_around(x, window=17):
-    """The mean over window x window px around each pixel: (B,C,H,W) to the same."""
-    return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+def mean_around(x):
+    """The mean over 17x17 px around each pixel: (B,C,H,W) to the same."""
+    return F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)
 
 
 def draw(photos, size, seed, index, which):
