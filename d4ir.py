@@ -52,6 +52,8 @@ PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt"), "synth": ("synth.p
 CAPTIONS = {"derain": ["a photo in heavy rain"], "dehaze": ["a photo in heavy haze"],
             "desnow": ["a photo in heavy snow"]}
 CAPTIONS["all"] = sum(CAPTIONS.values(), [])
+# A task's own defaults, where they are not the dataclasses'; our choice.
+OF_TASK = {"dehaze": dict(veil=True, guidance=8.0)}
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LARGEST = 1024                          # px: photos whose shorter side is longer are reduced
@@ -113,9 +115,8 @@ def parse(argv):
                 least[flag] = 1 if isinstance(f.default, int) and f.default else 0
             comment = f"{comment} ({f.default})".replace("%", "%%")
             group.add_argument(f"--{flag}", default=f.default, help=comment, **kind)
-    parser.set_defaults(veil=None)
+    parser.set_defaults(**OF_TASK.get(parser.parse_args(argv).task, {}))
     args = parser.parse_args(argv)
-    args.veil = args.task == "dehaze" if args.veil is None else args.veil
     for flag, bound in least.items():
         value = getattr(args, flag.replace("-", "_"))
         if not isinstance(value, (str, type(None))) and value < bound:

@@ -14,12 +14,14 @@ x        image      (B,3,H,W) in [0,1], the synthesized photo
     perturb   z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps
     denoise   z_ts -> z_w in `steps` calls of the U-Net, each eps_- + w (eps_P - eps_-)
     anchor    x = D(z_w) + a (x_c - D(z_-)): z_- from the same z_ts with the negative prompt alone
-    veil      x = a x_c + b instead, a and b smooth: what D(z_w) is of D(z_-)
+    veil      x = a x_c + b instead, a and b smooth: what D(z_w) is of D(z_-); z_w then starts
+              from the latents of x_c made as bright as x_d
 
 The content comes from x_c, the weather from x_d. Negative prompt and anchor are our choice. At the
 strength that weather needs, fine content drowns in the noise and is made up anew, in z_w and z_-
 alike; a is how much of the contrast the weather leaves at each place (haze: its transmission). What
-D(z_w) shows beyond a D(z_-) + b is streaks and flakes, but in haze it is made-up content.
+D(z_w) shows beyond a D(z_-) + b is streaks and flakes, but in haze it is made-up content. And haze
+is bright, but what is left of x_c at the highest noise level is its brightness, which would stay.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +47,7 @@ class SynthConfig:
     size: int = 0               # px, their side; 0: the Stable Diffusion's own
     strength: float = 0.95      # t_s / T in (0,1]: how much content is given up for the weather
     steps: int = 10             # steps of the solver, whatever the strength
-    guidance: float = 3.5       # w; 1: none
+    guidance: float = 3.5       # w; 1: none; 8 for dehaze
     guidance_from: float = 0.0  # guidance acts on timesteps from this part of T on ...
     guidance_to: float = 1.0    # ... to this one (Kynkaanniemi et al. 2024)
     negative_prompt: str = "a photo in clear weather"   # a text that guidance leads away from
@@ -117,11 +119,12 @@ def few_step_solver(sd, start, steps, scheduler):
 def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guidance,
                generator=None, scheduler=SynthConfig.scheduler, interval=(0.0, 1.0),
                negative_prompt=SynthConfig.negative_prompt, anchor=SynthConfig.anchor,
-               veil=SynthConfig.veil):
+               veil=SynthConfig.veil, brightness=None):
     """CCD: new degraded photos (B,3,H,W) in [0,1] from clean ones and prompts.
 
     clean: (B,3,H,W) in [0,1], H and W multiples of what the U-Net needs (8 f for SD).
-    prompts: (B,N,d). generator: of the noise, on any device. The others: see SynthConfig.
+    prompts: (B,N,d). generator: of the noise, on any device. brightness: (B,) in [0,1], the mean of
+    each x_d, for a veil; clean's own if None. The others: see SynthConfig.
     Raises ValueError for what doesn't fit.
     """
     if len(clean) != len(prompts):
@@ -131,9 +134,12 @@ def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guid
     latents = sd.encode(clean)
     device = generator.device if generator is not None else sd.device
     noise = torch.randn(latents.shape, generator=generator, device=device).to(sd.device)
-    z = perturb(latents, noise, sd, start)
+    z = lit = perturb(latents, noise, sd, start)           # lit: as bright as x_d
+    if veil and brightness is not None:
+        brighter = brightness.to(sd.device).view(-1, 1, 1, 1) - clean.mean((1, 2, 3), keepdim=True)
+        lit = perturb(sd.encode((clean + brighter).clamp(0, 1)), noise, sd, start)
     negative = sd.text_prompt(negative_prompt, prompts.shape[1])
-    image = sd.decode(denoise(z, prompts, sd, start, steps=steps, guidance=guidance,
+    image = sd.decode(denoise(lit, prompts, sd, start, steps=steps, guidance=guidance,
                               negative=negative, interval=interval, scheduler=scheduler))
     if anchor or veil:
         plain = sd.decode(denoise(z, negative.expand_as(prompts), sd, start, steps=steps,
@@ -204,7 +210,8 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
             with torch.no_grad():
                 prompts = adapter(degraded.to(sd.device))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + group[0])
-            images = synthesize(clean, prompts, sd, generator=generator, **options)
+            images = synthesize(clean, prompts, sd, generator=generator,
+                                brightness=degraded.mean((1, 2, 3)), **options)
             images = (images * 255).round().to(torch.uint8).cpu()
             for write in writes:
                 write.result()                             # a full disk is heard of here

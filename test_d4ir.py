@@ -315,8 +315,24 @@ def test_a_veil_has_no_shape_of_its_own(sd, monkeypatch):
 
     off = lambda x: (x - hazy(clean)).abs().mean()
     assert off(go(hazy(clean), veil=True)) < 0.01 and off(go(made_up)) > 0.04 and off(go(made_up, veil=True)) < 0.02
-    veiled = lambda *flags: d4ir.parse(["--task", *flags]).veil
-    assert veiled("dehaze") and not veiled("desnow") and not veiled("all") and not veiled("dehaze", "--no-veil")
+
+
+def test_a_veil_starts_as_bright_as_the_degraded_photo(sd, monkeypatch):
+    clean, encode, seen = 0.3 * photo(1, 64, 72)[None], type(sd).encode, []
+    monkeypatch.setattr(type(sd), "encode", lambda self, x: (seen.append(x.mean().item()), encode(self, x))[1])
+    go = lambda **more: synth.synthesize(clean, sd.null_prompt(4), sd, strength=0.5, steps=2, brightness=torch.tensor([0.6]),
+                                         generator=torch.Generator().manual_seed(0), **more)
+    veiled, own = go(veil=True), clean.mean().item()
+    assert seen == pytest.approx([own, 0.6], abs=1e-3) and veiled.shape == clean.shape
+    seen.clear()
+    go()
+    assert seen == pytest.approx([own])                    # rain and snow leave the light as it is
+
+
+def test_a_task_has_its_own_defaults():
+    of = lambda *flags: (lambda args: (args.veil, args.guidance))(d4ir.parse(["--task", *flags]))
+    assert of("dehaze") == (True, 8.0) and of("desnow") == of("all") == (False, synth.SynthConfig.guidance)
+    assert of("dehaze", "--no-veil", "--guidance", "2") == (False, 2.0)
 
 
 def test_synthesize_folder_goes_on_where_it_was(sd, tmp_path):
@@ -978,17 +994,19 @@ def test_the_adversary_widens_the_gap_with_varied_images(monkeypatch):
     monkeypatch.setattr(compare.Adversary, "prior", 0.0)
     loader = iter(compare.Adversary(teacher.requires_grad_(False), student, 16, 8, torch.device("cpu"), torch.float32, 0))
     gap = lambda x: (teacher(x).clamp(0, 1) - student(x)).abs().mean().item()
-    first = next(loader)
+    first, taught = next(loader)
+    torch.testing.assert_close(taught, teacher(first).clamp(0, 1))
     for _ in range(60):
-        last = next(loader)
-    assert gap(last) > 1.1 * gap(first)
+        last, taught = next(loader)
+    assert gap(last) > 1.1 * gap(first) and not taught.requires_grad
+    assert all(weight.grad is None for weight in student.parameters())
     assert first.shape == (8, 3, 16, 16) and first.min() >= 0 and first.max() <= 1 and not last.requires_grad
 
     def trained(what, weight):
         with monkeypatch.context() as patch:
             patch.setattr(compare.Adversary, what, weight)
             loader = iter(compare.Adversary(teacher, student, 16, 8, torch.device("cpu"), torch.float32, 0))
-            return [next(loader) for _ in range(60)][-1]
+            return [next(loader)[0] for _ in range(60)][-1]
     assert trained("variety", 30.0).std(0).mean() > 1.1 * trained("variety", 0.0).std(0).mean()
     kept = lambda x: (teacher(x).clamp(0, 1) - x).abs().mean()
     assert kept(trained("prior", 30.0)) < 0.95 * kept(trained("prior", 0.0))

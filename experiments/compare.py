@@ -75,7 +75,7 @@ class Generator(nn.Module):
 
 
 class Adversary:
-    """Batches x (B,3,crop,crop) in [0,1], without end, of a generator that is trained in turn with the student:
+    """Batches (x, T(x)), (B,3,crop,crop) in [0,1], without end, of a generator that is trained in turn with the student:
 
         loss = -log ||T(x) - S(x)||_1 - variety ||G(a) - G(b)||_1 / ||a - b||_1 + prior ||T(x) - x||_1
 
@@ -95,7 +95,8 @@ class Adversary:
         return 1
 
     def __iter__(self):
-        optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr, betas=(0.5, 0.999))
+        weights = list(self.generator.parameters())
+        optimizer = torch.optim.Adam(weights, lr=self.lr, betas=(0.5, 0.999))
         while True:
             z = torch.randn(self.batch, 128, device=self.device)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -104,10 +105,10 @@ class Adversary:
                 gap = (taught - self.student(x).float()).abs().mean()
             varied = ((x - x.roll(1, 0)).abs().mean((1, 2, 3)) / ((z - z.roll(1, 0)).abs().mean(1) + 1e-6)).mean()
             loss = -(gap + 1e-6).log() - self.variety * varied + self.prior * (taught - x).abs().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()                                # the student's gradients are thrown away by its own loop
+            for weight, slope in zip(weights, torch.autograd.grad(loss, weights)):      # the student keeps its own
+                weight.grad = slope
             optimizer.step()
-            yield x.detach()
+            yield x.detach(), taught.detach()
 
 
 # ---------------------------------------------------------------- images and students of each source
@@ -213,7 +214,7 @@ class Bench:
                     distill(self.teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
                             checkpoint=None if make is None else path.with_suffix(".pt"))
                 save_restorer(student, path)
-                strip(make or list(next(iter(loader)) * 255), self.crop).save(run.out / "sample.png")
+                strip(make or list(next(iter(loader))[0] * 255), self.crop).save(run.out / "sample.png")
                 result = evaluate(student, self.pairs, tile=run.args.tile)
                 d4ir.write_text(file, json.dumps({key: result[key] for key in METRICS}))
                 path.with_suffix(".pt").unlink(missing_ok=True)
