@@ -105,8 +105,8 @@ class Adversary:
                 gap = (taught - self.student(x).float()).abs().mean()
             varied = ((x - x.roll(1, 0)).abs().mean((1, 2, 3)) / ((z - z.roll(1, 0)).abs().mean(1) + 1e-6)).mean()
             loss = -(gap + 1e-6).log() - self.variety * varied + self.prior * (taught - x).abs().mean()
-            for weight, slope in zip(weights, torch.autograd.grad(loss, weights)):      # the student keeps its own
-                weight.grad = slope
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward(inputs=weights)                  # the student's gradients are its own loop's
             optimizer.step()
             yield x.detach(), taught.detach()
 
