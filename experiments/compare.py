@@ -239,9 +239,9 @@ def seconds(folder):
 
 
 def strip(images, side, count=8):
-    """A picture of the middle of `count` of the images, (3,H,W) in 0..255."""
+    """A picture of the middle of `count` of the images, from the first to the last, (3,H,W) in 0..255."""
     picture = Image.new("RGB", (count * (side + 2), side), "white")
-    for i, image in enumerate(images[j * len(images) // count] for j in range(min(count, len(images)))):
+    for i, image in enumerate(images[j] for j in torch.linspace(0, len(images) - 1, count).int().unique().tolist()):
         picture.paste(to_pil_image(center_crop(image, side).byte().cpu()), (i * (side + 2), 0))
     return picture
 
