@@ -144,26 +144,26 @@ def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guid
     if anchor or veil:
         plain = sd.decode(denoise(z, negative.expand_as(prompts), sd, start, steps=steps,
                                   scheduler=scheduler))
-        a = contrast_left(plain, image)
+        a, b = local_fit(plain, image)
         if veil:
-            b = mean_around(image) - a * mean_around(plain)
             image = mean_around(a) * clean + mean_around(b)
         else:
             image = image + a * (clean - plain)
     return image.clamp(0, 1)
 
 
-def contrast_left(plain, image):
-    """a of image = a plain + b around each pixel, by least squares over all channels, in [0,1].
+def local_fit(plain, image):
+    """a, b of image = a plain + b around each pixel, by least squares, a of all channels together.
 
-    plain, image: (B,3,H,W) to (B,1,H,W). The guided filter's model (He et al. 2010); 1 where all
-    is flat.
+    plain, image: (B,3,H,W) to a (B,1,H,W) in [0,1], the contrast that is left, and b (B,3,H,W).
+    The guided filter's model (He et al. 2010); a is 1 where all is flat.
     """
     mean = mean_around
     covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
     variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
     flat = 3e-4                                            # a variance that tells nothing
-    return ((covariance + flat) / (variance + flat)).clamp(0, 1)
+    a = ((covariance + flat) / (variance + flat)).clamp(0, 1)
+    return a, mean(image) - a * mean(plain)
 
 
 def mean_around(x):
