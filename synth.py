@@ -158,12 +158,12 @@ def local_fit(plain, image):
     plain, image: (B,3,H,W) to a (B,1,H,W) in [0,1], the contrast that is left, and b (B,3,H,W).
     The guided filter's model (He et al. 2010); a is 1 where all is flat.
     """
-    mean = mean_around
-    covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
-    variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
+    mean_plain, mean_image = mean_around(plain), mean_around(image)
+    covariance = (mean_around(plain * image) - mean_plain * mean_image).sum(1, keepdim=True)
+    variance = (mean_around(plain * plain) - mean_plain ** 2).sum(1, keepdim=True)
     flat = 3e-4                                            # a variance that tells nothing
     a = ((covariance + flat) / (variance + flat)).clamp(0, 1)
-    return a, mean(image) - a * mean(plain)
+    return a, mean_image - a * mean_plain
 
 
 def mean_around(x):
