@@ -27,6 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import torchvision
@@ -53,7 +54,7 @@ CAPTIONS = {"derain": ["a photo in heavy rain"], "dehaze": ["a photo in heavy ha
             "desnow": ["a photo in heavy snow"]}
 CAPTIONS["all"] = sum(CAPTIONS.values(), [])
 # A task's own defaults, where they are not the dataclasses'; our choice.
-OF_TASK = {"dehaze": dict(veil=True, guidance=8.0)}
+OF_TASK = {"dehaze": dict(veil=True, guidance=8.0), "all": dict(distill_steps=4500)}
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LARGEST = 1024                          # px: photos whose shorter side is longer are reduced
@@ -96,8 +97,9 @@ def parse(argv):
     add("--out", type=Path, metavar="DIR", help="the run folder (runs/TASK)")
     add("--restart", action="store_true", help="do the stages anew, from the first of --stage on")
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
-    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16",
-        help="of Stable Diffusion and of autocast; metrics are always in fp32 (bf16)")
+    add("--precision", choices=("bf16", "fp16", "fp32"),
+        help="of Stable Diffusion and of autocast; metrics are always in fp32 (bf16; fp32 on a CPU "
+             "without bf16 instructions, where bf16 is ten times slower)")
     add("--seed", type=int, default=0, help="(0)")
     add("--tile", type=int, default=1024, metavar="PX",
         help="photos larger than this are restored in tiles; 0: never (1024)")
@@ -153,6 +155,9 @@ class Run:
             raise ValueError(f"--device {wanted}: {first_line(error)}") from None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()           # torch before 2.10: {}
+        fast = self.device.type != "cpu" or any(map(cpu.get, ("avx512_bf16", "amx_bf16", "bf16")))
+        args.precision = args.precision or ("bf16" if fast else "fp32")
         self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16,
                           fp32=torch.float32)[args.precision]
         if self.ranks > 1:
@@ -210,6 +215,11 @@ def settle(run, stages):
         anew.append("evaluate")
     run.wait()                                             # all have looked; now it changes
     if run.main:
+        if anew == ["evaluate"] and not run.args.restart and run.finished("evaluate"):
+            shutil.rmtree(run.out / "previous", ignore_errors=True)
+            (run.out / "previous").mkdir()
+            for path in filter(Path.exists, (run.out / name for name in PRODUCTS["evaluate"])):
+                os.replace(path, run.out / "previous" / path.name)
         for name in (name for stage in anew for name in PRODUCTS[stage]):
             path = run.out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -319,7 +329,7 @@ def run_distill(run, teacher):
                          f"px, or there are fewer than {run.ranks}")
     targets = None
     if run.distill.keep_teacher:
-        targets = teacher_outputs(teacher, images, run.device, run.dtype)
+        targets = teacher_outputs(teacher, images, run.device, run.dtype, min(8, run.distill.batch))
     torch.manual_seed(run.args.seed)
     student = Restorer(run.args.student_width, window=crop)
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
@@ -365,6 +375,8 @@ def restore_files(model, source, folder, tile):
     """Writes a model's outputs for a photo, or all below a folder, as PNG files."""
     files = list_images(source, recursive=True) if source.is_dir() else [source]
     root, done = source if source.is_dir() else source.parent, 0
+    if source.resolve() in folder.resolve().parents:       # what was restored before
+        files = [file for file in files if folder.resolve() not in file.resolve().parents]
     if not files:
         raise ValueError(f"{source}: no image file in it (png, jpg, bmp, webp, tif)")
     targets = [folder / file.relative_to(root).with_suffix(".png") for file in files]
@@ -425,8 +437,15 @@ def look(run):
             raise ValueError(f"--{flag} {folder}: no such folder")
     pairs = find_pairs(args.test) if args.test else None
     teacher = load_restorer(args.teacher, run.device, args.teacher_multiple)
+    x = torch.zeros(1, 3, 101, 67, device=run.device)      # no side is a multiple of anything
     with torch.no_grad():
-        teacher(torch.zeros(1, 3, 64, 64, device=run.device))
+        teacher(x)
+        try:
+            with torch.autocast(run.device.type, run.dtype, enabled=args.precision != "fp32"):
+                teacher(x)
+        except ValueError:
+            raise ValueError(f"the teacher can't work in {args.precision}: give --precision fp32"
+                             ) from None
     own = isinstance(teacher, Restorer)
     args.student_width = args.student_width or (max(1, teacher.config["width"] // 2) if own else 32)
     return pairs, teacher
@@ -437,9 +456,11 @@ def load_diffusion(run):
     sd, args = load_stable_diffusion(run.args.sd, run.device, run.dtype), run.args
     start_timestep(sd, args.strength, args.steps)
     sd.null_prompt(args.tokens)
-    if (args.size or sd.size) % (8 * sd.factor):
-        raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not "
-                         f"{args.size or sd.size}")
+    size = args.size or sd.size
+    if size % (8 * sd.factor):
+        raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not {size}")
+    if args.distill_crop > size:
+        raise ValueError(f"--distill-crop {args.distill_crop} is larger than the images, {size} px")
     return sd
 
 
@@ -482,7 +503,8 @@ def main(argv=None):
             run_distill(run, teacher)
         elif run.main:
             run_evaluate(run, teacher, pairs)
-        run.wait()
+        if stage != "evaluate":                            # may take hours; nothing follows
+            run.wait()
     run.say(f"done: {run.out}")
 
 
@@ -497,10 +519,11 @@ def command(main):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()           # of a download of gigabytes
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command, without --restart, goes on from here")
+        sys.exit("stopped; what is finished is kept: the same command, without --restart, goes on")
     except torch.OutOfMemoryError as error:
         sys.stderr.write(f"{prog}: error: out of memory: lower --adapter-batch, --batch, "
                          f"--distill-batch or --tile ({first_line(error)})\n")

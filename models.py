@@ -213,17 +213,20 @@ def build(file, name, arguments):
                          f"{name}(width=48) ({first_line(error)})") from None
     spec = importlib.util.spec_from_file_location(f"_teacher_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    ours = {key: sys.modules.pop(key) for key in ("models", "evaluate") if key in sys.modules}
+    names, path = {p.stem for p in Path(__file__).parent.glob("*.py")}, list(sys.path)
+    ours = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
     sys.modules[spec.name] = module                        # dataclasses look there
     sys.path.insert(0, str(file.resolve().parent))         # for files that it imports beside it,
-    try:                                                   # a package `models` among them
+    try:                                                   # `models` or `demo` among them
         spec.loader.exec_module(module)
         network = getattr(module, name)(**keywords)
     except Exception as error:                             # it is anyone's code: say whose
         raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
                          f"{first_line(error)}") from error
     finally:
-        sys.path.pop(0)
+        sys.path[:] = path
+        for name in names:
+            sys.modules.pop(name, None)
         sys.modules.update(ours)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{file}: {name} gives a {type(network).__name__}, not an nn.Module")

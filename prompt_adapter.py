@@ -22,6 +22,7 @@ another tone: what the two share is the weather, and little of the content and o
 choice; `cross_crop`, `jitter`).
 """
 import copy
+import io
 import json
 import math
 import os
@@ -208,8 +209,10 @@ class CropPairs:
 def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
     """Trains A in place; the Stable Diffusion is frozen.
 
-    loader: batches as CropPairs gives them, crops as uint8 or as floats in [0,1]; gone
-      through again and again until `config.steps` updates are done.
+    sd: a models.StableDiffusion, or what has its predict_noise, null_prompt, unet, alphas_cumprod,
+      prediction_type, device and dtype (CropPairs: encode and factor).
+    loader: batches as CropPairs gives them, of at least 2, crops as uint8 or as floats in [0,1];
+      gone through again and again until `config.steps` updates are done.
     checkpoint: a path; written every `config.save_every` updates, gone on from where it is there.
     Returns the mean losses of the last updates, {"diffusion", "contrastive"}; {} if none was left.
     Of several processes each has its own batches, queue and means; they share the gradients.
@@ -292,10 +295,11 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None):
                       f"contrastive {means[1]:.4f}  {speed:.2f} step/s", flush=True)
             sums, counted, clock = torch.zeros_like(sums), 0, time.time()
             if checkpoint and not follower:
+                state = io.BytesIO()                                # a full disk is an OSError so
                 torch.save(dict(adapter=adapter.state_dict(), key_encoder=key_encoder.state_dict(),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                queue=queue, queue_photo=queue_photo, step=step + 1),
-                           f"{checkpoint}.tmp")
+                                queue=queue, queue_photo=queue_photo, step=step + 1), state)
+                Path(f"{checkpoint}.tmp").write_bytes(state.getbuffer())
                 os.replace(f"{checkpoint}.tmp", checkpoint)
     bar.close()
     adapter.eval()

@@ -403,6 +403,16 @@ def test_distillation_learns_the_teacher_and_resumes(tmp_path):
                         config, checkpoint=tmp_path / "s.pt")
     resumed, _ = train(tmp_path / "s.pt")
     assert torch.allclose(student(x), resumed(x), atol=1e-5)
+    if os.name != "nt":                                    # a file that finds no room
+        import resource
+        checkpoint, limits = (tmp_path / "s.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(checkpoint) // 2, limits[1]))
+        try:
+            with pytest.raises(OSError):
+                train(tmp_path / "s.pt", steps=60)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "s.pt").read_bytes() == checkpoint
     with pytest.raises(ValueError, match="empty"):
         distill.distill(Darker(), student, [], config)
 
@@ -442,7 +452,10 @@ def test_channel_attention_of_a_trained_network_is_local():
 
 
 NETWORK = """
+import sys
+import torch
 from torch import nn
+sys.path.insert(0, "/nowhere")
 class Net(nn.Module):
     def __init__(self, width=4, outputs=1):
         super().__init__()
@@ -459,6 +472,11 @@ class Halving(Net):
 class Smaller(Net):
     def forward(self, x):
         return x[..., 1:]
+class Fourier(Net):
+    def forward(self, x):                                  # what knows no bf16, as cuFFT
+        if self.body(x).dtype is not torch.float32:
+            raise RuntimeError("Unsupported dtype")
+        return x
 def make(width):
     return Net(width)
 def number():
@@ -490,8 +508,12 @@ def test_teachers_of_others(network, wrap, ending):
     else:
         torch.save(state, path)
     x = photo(1, 21, 34)[None]
+    where, mine = list(sys.path), dict(sys.modules)
+    (folder / "demo.py").write_text("theirs = 1")
+    (folder / "net.py").write_text("import demo\nassert demo.theirs\n" + NETWORK)
     for spec in ("Net", "Net(width=4, outputs=2)", "make(width=4)"):
         assert torch.allclose(models.load_restorer(f"{folder}/net.py:{spec}@{path}")(x), model(x), atol=1e-6)
+    assert sys.path == where and all(sys.modules[name] is mine[name] for name in ("demo", "models", "evaluate"))
 
 
 def test_teachers_that_cannot_be_used(network):
@@ -695,10 +717,17 @@ def test_photos_of_every_kind_are_read(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                       # to be turned by 90 degrees
     assert evaluate.read_image(save(rgb, tmp_path / "i.jpg", exif=exif)).shape == (3, 30, 20)
-    for name, data in (("j.png", b""), ("k.jpg", b"rubbish"), ("l.png", (tmp_path / "a.png").read_bytes()[:60])):
+    exif[0x011a] = 72.0                                    # its resolution, then called a text: Pillow raises TypeError
+    broken = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02").replace(b"\x1a\x01\x05\x00", b"\x1a\x01\x02\x00")
+    broken = save(rgb, tmp_path / "m.jpg", exif=broken).read_bytes()
+    for name, data in (("j.png", b""), ("k.jpg", b"rubbish"), ("l.png", (tmp_path / "a.png").read_bytes()[:60]), ("m.jpg", broken)):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}: not a readable image"):
             evaluate.read_image(tmp_path / name)
+    save(rgb, tmp_path / "inside/.thumbnails/a.png")
+    save(rgb, tmp_path / "inside/b/10.png")
+    save(rgb, tmp_path / "inside/b/2.png")
+    assert [p.name for p in evaluate.list_images(tmp_path / "inside", recursive=True)] == ["2.png", "10.png"]
 
 
 def test_tiles_cover_a_photo_with_weights_that_fade():
@@ -893,8 +922,10 @@ def test_a_stable_diffusion_and_a_teacher_of_ones_own(folders, network, tmp_path
     assert not (tmp_path / "run/metrics.json").exists() and len(list((tmp_path / "run/restored").glob("*.png"))) == 5
 
 
-def test_bad_input_is_one_line_and_exit_code_2(folders, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsys):
     """By subprocess for one of them; the others raise the ValueError that is printed so."""
+    net = network[1] / "net.py"
+    torch.save(network[0].state_dict(), net.parent / "w.pth")
     done = run("--task", "desnow", "--degraded", tmp_path / "absent", "--out", tmp_path / "r")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and "no such folder" in done.stderr
     good = ["--degraded", folders / "bad", "--clean", folders / "good", "--test", folders / "test"]
@@ -902,7 +933,9 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, tmp_path, capsys):
                                (["--test", folders / "empty"], "no image file"), (["--teacher", folders / "bad/broken.png"], "not a readable"),
                                (["--sd", folders / "bad"], "no Stable Diffusion"), (["--strength", "0"], "strength"), (["--tokens", "99"], "tokens"),
                                (["--steps", "999"], "steps must lie"), (["--size", "60"], "multiple of 16"), (["--device", "tpu"], "--device tpu"),
-                               (["--stage", "distill"], "run --stage synth first"), (["--distill-crop", "999"], "larger than")):
+                               (["--stage", "distill"], "run --stage synth first"), (["--distill-crop", "999"], "larger than the images, 96 px"),
+                               (["--teacher", f"{net}:Halving@{net.parent}/w.pth"], "teacher-multiple"),
+                               (["--teacher", f"{net}:Fourier@{net.parent}/w.pth", "--precision", "bf16"], "give --precision fp32")):
         with pytest.raises(ValueError, match=message):
             d4ir.main(list(map(str, ["--task", "desnow", *good, *arguments, "--out", tmp_path / str(hash(message)), *TINY[:6]]
                                  + ([] if "--steps" in arguments else ["--steps", "2"]))))
@@ -942,6 +975,17 @@ def test_a_corrected_command_and_a_restart(folders, tmp_path):
     with pytest.raises(ValueError, match="run --stage distill first"):     # a stage in between, which --restart would delete
         go("--restart", "--stage", "synth", "evaluate")
     assert (tmp_path / "run/student.safetensors").exists()
+    metrics = (tmp_path / "run/metrics.json").read_bytes()
+    (tmp_path / "odd").mkdir()
+    for name, side in (("input", 40), ("target", 90)):
+        save(photo(1, side, side), tmp_path / "odd" / name / "1.png")
+    with pytest.raises(ValueError, match="40, 40"):        # a bad test set costs nothing that was there
+        go("--distill-lr", "0.01", "--stage", "evaluate", "--test", tmp_path / "odd")
+    assert (tmp_path / "run/previous/metrics.json").read_bytes() == metrics
+    restoring = ["--task", "desnow", "--out", str(tmp_path / "run"), "--stage", "restore", "--input", str(tmp_path / "odd")]
+    for _ in range(2):                                     # what was restored is not restored again
+        d4ir.main([*restoring, "--output", str(tmp_path / "odd/out")])
+    assert len(evaluate.list_images(tmp_path / "odd/out", recursive=True)) == 2
     with pytest.raises(ValueError, match="is one of the photos"):
         d4ir.main(["--task", "desnow", "--out", str(tmp_path / "run"), "--stage", "restore", "--input", str(folders / "test/input"),
                    "--output", str(folders / "test/input")])
