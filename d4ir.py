@@ -443,9 +443,10 @@ def look(run):
         try:
             with torch.autocast(run.device.type, run.dtype, enabled=args.precision != "fp32"):
                 teacher(x)
-        except ValueError:
-            raise ValueError(f"the teacher can't work in {args.precision}: give --precision fp32"
-                             ) from None
+        except ValueError as error:
+            reason = first_line(error.__cause__ or error)
+            raise ValueError(f"the teacher can't work in {args.precision} ({reason}): give "
+                             "--precision fp32") from None
     own = isinstance(teacher, Restorer)
     args.student_width = args.student_width or (max(1, teacher.config["width"] // 2) if own else 32)
     return pairs, teacher
