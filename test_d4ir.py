@@ -336,6 +336,13 @@ def test_a_task_has_its_own_defaults():
     assert of("dehaze", "--no-veil", "--guidance", "2") == (False, 2.0)
 
 
+def test_a_cpu_without_bf16_works_in_fp32(monkeypatch):
+    for able, given, precision in ((True, [], "bf16"), (False, [], "fp32"), (False, ["--precision", "bf16"], "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
+        run = d4ir.Run(d4ir.parse(["--task", "desnow", "--device", "cpu", *given]))
+        assert run.args.precision == precision == run.settings()["adapter"]["precision"]
+
+
 def test_synthesize_folder_goes_on_where_it_was(sd, tmp_path):
     photos = [(photo(i, 70, 90) * 255).to(torch.uint8) for i in range(3)]
     adapter = prompt_adapter.PromptAdapter(sd.width, 4).eval()
