@@ -318,6 +318,12 @@ def crop_side(run, side):
     return run.distill.crop or min(256, 2 * side // 3)
 
 
+def kept_outputs(run, teacher, images):
+    """T(x) of whole images, once; None where it is to be computed for every crop."""
+    if run.distill.keep_teacher:
+        return teacher_outputs(teacher, images, run.device, run.dtype, min(8, run.distill.batch))
+
+
 def run_distill(run, teacher):
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -327,9 +333,7 @@ def run_distill(run, teacher):
     if not 0 < crop <= smallest:
         raise ValueError(f"--distill-crop {crop} is larger than the synthesized images, {smallest} "
                          f"px, or there are fewer than {run.ranks}")
-    targets = None
-    if run.distill.keep_teacher:
-        targets = teacher_outputs(teacher, images, run.device, run.dtype, min(8, run.distill.batch))
+    targets = kept_outputs(run, teacher, images)
     torch.manual_seed(run.args.seed)
     student = Restorer(run.args.student_width, window=crop)
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
@@ -374,9 +378,9 @@ def run_evaluate(run, teacher, pairs):
 def restore_files(model, source, folder, tile):
     """Writes a model's outputs for a photo, or all below a folder, as PNG files."""
     files = list_images(source, recursive=True) if source.is_dir() else [source]
-    root, done = source if source.is_dir() else source.parent, 0
-    if source.resolve() in folder.resolve().parents:       # what was restored before
-        files = [file for file in files if folder.resolve() not in file.resolve().parents]
+    root, done, inside = source if source.is_dir() else source.parent, 0, folder.resolve()
+    if source.resolve() in inside.parents:                 # what was restored before
+        files = [file for file in files if inside not in file.resolve().parents]
     if not files:
         raise ValueError(f"{source}: no image file in it (png, jpg, bmp, webp, tif)")
     targets = [folder / file.relative_to(root).with_suffix(".png") for file in files]
@@ -441,7 +445,7 @@ def look(run):
     with torch.no_grad():
         teacher(x)
         try:
-            with torch.autocast(run.device.type, run.dtype, enabled=args.precision != "fp32"):
+            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
                 teacher(x)
         except ValueError as error:
             reason = first_line(error.__cause__ or error)

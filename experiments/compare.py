@@ -28,7 +28,7 @@ from torch import nn
 from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
-from distill import Crops, distill, teacher_outputs
+from distill import Crops, distill
 from evaluate import DEFINITIONS, METRICS, evaluate, find_pairs, read_image
 from models import Restorer, save_restorer
 from prompt_adapter import load_adapter
@@ -208,8 +208,7 @@ class Bench:
                     if make is None:
                         loader = Adversary(self.teacher, student, self.crop, run.distill.batch, run.device, run.dtype, seed)
                     else:
-                        if run.distill.keep_teacher:
-                            targets = targets or teacher_outputs(self.teacher, make, run.device, run.dtype)
+                        targets = targets or d4ir.kept_outputs(run, self.teacher, make)
                         loader = Crops(make, self.crop, run.distill.batch, targets, seed)
                     distill(self.teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
                             checkpoint=None if make is None else path.with_suffix(".pt"))
