@@ -1,133 +1,98 @@
-"""PKD, pixel-wise knowledge distillation: the student learns to do what the teacher does.
+"""PKD, pixel-wise knowledge distillation: the student learns to give the teacher's outputs.
 
-symbol   code               shape, range
-x        degraded           (B,3,h,w) in [0,1], random crops of the synthesized photos, mirrored
-                            half of the time
-T, S     teacher, student   (B,3,h,w) -> (B,3,h,w)
+    loss = ||S(x) - T(x)||_1
 
-    loss = ||S(x) - T(x)||_1        and nothing else: there is no ground truth
+symbol   in code            shape, range
+x        degraded           (B,3,h,w) in [0,1], random crops of the synthesized photos
+T, S     teacher, student   (B,3,h,w) -> (B,3,h,w) in [0,1]
+
+There is no ground truth, and no other loss.
 """
 import io
 import math
 import os
 import time
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 
 @dataclass
 class DistillConfig:
-    """PKD, the distillation. All values are our choice; the paper's are not known to us."""
-    steps: int = 1500           # updates; 4500 for all
-    batch: int = 16             # crops an update, of each process
-    crop: int = 0               # px; 0: two thirds of the image's side, at most 256
-    lr: float = 2e-3            # AdamW's peak; 5 % of the updates warm up, then a cosine to 1 %
-    keep_teacher: bool = True   # compute T(x) once, for whole images; off: for every crop anew
-    save_every: int = 100       # updates between checkpoints, and between reports
+    """PKD settings. All values are our choice, for large photos; not measured on them."""
+    steps: int = 60000          # updates
+    batch: int = 16             # crops per update and process
+    crop: int = 0               # px; 0: two thirds of the images' side, at most 256
+    lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
+    keep_teacher: bool = True   # compute T(x) once per image and keep it; off: for every crop
+    save_every: int = 100       # updates between reports, which also write a checkpoint
 
-
-class Crops:
-    """Batches of random crops, without end: x (B,3,crop,crop) uint8, or (x, T(x)).
-
-    images: list of (3,H,W) uint8. targets: T(x) for them, (3,H,W) in [0,1], if they are kept.
-    """
-
-    def __init__(self, images, crop, batch, targets=None, seed=0):
-        self.images, self.crop, self.batch, self.seed = images, crop, batch, seed
-        self.targets = targets
-
-    def __len__(self):
-        return len(self.images)
-
-    def __iter__(self):
-        rng = np.random.default_rng(self.seed)
-        order = chain.from_iterable(rng.permutation(len(self.images)) for _ in repeat(None))
-        while True:
-            rows = []
-            for i in islice(order, self.batch):
-                y, x = (int(rng.integers(n - self.crop + 1)) for n in self.images[i].shape[-2:])
-                mirrored = rng.random() < 0.5
-                pair = [self.images[i]] + ([self.targets[i]] if self.targets else [])
-                pair = [image[:, y:y + self.crop, x:x + self.crop] for image in pair]
-                rows.append([image.flip(-1) for image in pair] if mirrored else pair)
-            batch = [torch.stack(column) for column in zip(*rows)]
-            yield batch if self.targets else batch[0]
-
-
-@torch.no_grad()
-def teacher_outputs(teacher, images, device, dtype=torch.float32, batch=8):
-    """T(x) for a list of (3,H,W) uint8 images: a list of (3,H,W) float16 in [0,1] on the CPU."""
-    outputs, i = [], 0
-    bar = tqdm(total=len(images), desc="teacher ", unit="image", disable=None)
-    while i < len(images):
-        n = 1                                              # as many of one size as come in a row
-        while n < min(batch, len(images) - i) and images[i + n].shape == images[i].shape:
-            n += 1
-        x = torch.stack(images[i:i + n]).to(device, memory_format=torch.channels_last) / 255
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
-            y = teacher(x)
-        outputs += y.float().clamp(0, 1).half().cpu().unbind()
-        bar.update(n)
-        i += n
-    bar.close()
-    return outputs
+    def __post_init__(self):
+        if not math.isfinite(self.lr):
+            raise ValueError(f"lr must be finite, not {self.lr}")
 
 
 def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float32,
-            checkpoint=None):
-    """Trains the student in place to give the teacher's outputs.
+            checkpoint=None, log=print):
+    """Trains the student in place on the teacher's outputs.
 
-    teacher, student: (B,3,h,w) in [0,1] to the same. The teacher is frozen; None will do where the
+    teacher, student: (B,3,h,w) in [0,1] to the same; the teacher is frozen, and may be None if the
       loader brings its outputs.
-    loader: batches x (B,3,h,w), uint8 or floats in [0,1], or pairs (x, T(x)); gone through again
-      and again until `config.steps` updates are done.
+    loader: batches x (B,3,h,w), uint8 or float in [0,1], or (x, T(x)), repeated until
+      `config.steps` updates are done; see `Crops`.
     dtype: of the autocast around the forward pass; the student's weights stay float32.
-    checkpoint: a path; written every `config.save_every` updates, gone on from where it is there.
-    Returns the mean L1 of the last updates; None if none was left.
-    Raises ValueError for an empty loader.
+    checkpoint: path, written every `config.save_every` updates; training resumes from it.
+    log: called with each report, {"stage", "step", "l1", "steps_per_s"}.
+    Returns the last mean L1; None if nothing was left to do.
+    Raises ValueError for an empty loader or a loss that is not finite.
     """
     if not len(loader):
         raise ValueError("the distillation's loader is empty")
-    device, steps = torch.device(device), config.steps
+    device = torch.device(device)
     student.to(device, memory_format=torch.channels_last).train()
     if teacher is not None:
-        teacher.to(device).requires_grad_(False).eval()             # frozen
+        teacher.to(device).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.99),
                                   weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    start, mean = 0, None
+    start, l1 = 0, None
+    parts = dict(student=student, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        for name, part in dict(student=student, optimizer=optimizer, scaler=scaler).items():
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state["step"]
-    parallel = dist.is_initialized()
-    follower = parallel and dist.get_rank() > 0                     # says and writes nothing
-    model = nn.parallel.DistributedDataParallel(student) if parallel else student
-    batches = islice(chain.from_iterable(repeat(loader)), start, None)   # as if uninterrupted
-    bar = tqdm(total=steps, initial=start, desc="distill ", unit="step", disable=follower or None)
-    total, counted, clock = torch.zeros((), device=device), 0, time.time()
+    distributed = dist.is_initialized()
+    is_main = not distributed or dist.get_rank() == 0
+    model = nn.parallel.DistributedDataParallel(student) if distributed else student
+    bar = tqdm(total=config.steps, initial=start, desc="distill", unit="step",
+               disable=None if is_main else True)
+    total, count, clock = torch.zeros((), device=device), 0, time.time()
 
-    for step, batch in zip(range(start, steps), batches):
+    for step, batch in zip(range(start, config.steps), batches_from(loader, start)):
+        # Batch.
         x, *target = batch if isinstance(batch, (tuple, list)) else [batch]
-        x = x.to(device, memory_format=torch.channels_last)
-        x = x / 255 if x.dtype is torch.uint8 else x
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate(step / steps)
+        x = to_device(x, device).contiguous(memory_format=torch.channels_last)
 
+        # Forward and loss.
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            with torch.no_grad():
-                target = target[0].to(device) if target else teacher(x).clamp(0, 1)
+            if target:
+                target = to_device(target[0], device)
+            else:
+                with torch.no_grad():
+                    target = teacher(x).clamp(0, 1)
             restored = model(x)
-        loss = (restored.float() - target.float()).abs().mean()
+        loss = F.l1_loss(restored.float(), target.float())
 
+        # Backward and update.
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * learning_rate(step / config.steps)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -135,28 +100,106 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
         scaler.step(optimizer)
         scaler.update()
 
+        # Report.
         total += loss.detach()
-        counted += 1
+        count += 1
         bar.update()
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            mean = float(total) / counted                           # the device is waited for here
-            bar.set_postfix(L1=f"{mean:.4f}")
-            if bar.disable and not follower:                        # no terminal: a plain line
-                speed = counted / (time.time() - clock)
-                print(f"distill  {step + 1:6d}/{steps}  L1 {mean:.4f}  {speed:.2f} step/s",
-                      flush=True)
-            total, counted, clock = torch.zeros_like(total), 0, time.time()
-            if checkpoint and not follower:
-                state = io.BytesIO()                                # a full disk is an OSError so
-                torch.save(dict(student=student.state_dict(), optimizer=optimizer.state_dict(),
-                                scaler=scaler.state_dict(), step=step + 1), state)
-                Path(f"{checkpoint}.tmp").write_bytes(state.getbuffer())
-                os.replace(f"{checkpoint}.tmp", checkpoint)
+        if (step + 1) % config.save_every and step + 1 < config.steps:
+            continue
+        l1 = float(total) / count                               # GPU sync point
+        if not math.isfinite(l1):
+            raise ValueError(f"distill: the loss is not finite at step {step + 1}: {l1}. Lower the "
+                             f"learning rate ({config.lr:g}) or use fp32")
+        bar.set_postfix(l1=f"{l1:.4f}")
+        if is_main:
+            log(dict(stage="distill", step=step + 1, l1=l1,
+                     steps_per_s=round(count / (time.time() - clock), 2)))
+        total, count, clock = torch.zeros_like(total), 0, time.time()
+
+        # Checkpoint.
+        if checkpoint and is_main:
+            state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
+            save_state(state, checkpoint)
     bar.close()
     student.eval()
-    return mean
+    return l1
 
 
-def learning_rate(done):
-    """The share of the peak at a part `done` in [0,1]: 5 % warm-up, then a cosine to 1 %."""
-    return min(1.0, done / 0.05 + 0.02) * (0.505 + 0.495 * math.cos(math.pi * done))
+def learning_rate(progress):
+    """Fraction of the peak at progress in [0,1]: 5 % linear warm-up, then cosine to 1 %."""
+    return min(1.0, progress / 0.05 + 0.02) * (0.505 + 0.495 * math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------- batches and files
+
+class Crops:
+    """Endless batches of random crops, mirrored half of the time: x (B,3,crop,crop) uint8, or
+    (x, T(x)). Each batch follows from seed and step alone.
+
+    images: list of (3,H,W) uint8. targets: T(x) for each of them, (3,H,W) in [0,1], or None.
+    """
+
+    def __init__(self, images, crop, batch, targets=None, seed=0):
+        self.images, self.crop, self.batch, self.seed = images, crop, batch, seed
+        self.targets, self.step = targets, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __iter__(self):
+        while True:
+            yield self.batch_at(self.step)                          # step: set to resume there
+            self.step += 1
+
+    def batch_at(self, step):
+        rng, n = np.random.default_rng([self.seed, step]), len(self.images)
+        sources = [self.images] if self.targets is None else [self.images, self.targets]
+        columns = [[] for _ in sources]
+        for i in rng.choice(n, self.batch, replace=n < self.batch):
+            y, x = (int(rng.integers(side - self.crop + 1)) for side in self.images[i].shape[-2:])
+            mirror = rng.random() < 0.5
+            for column, source in zip(columns, sources):
+                crop = source[i][:, y:y + self.crop, x:x + self.crop]
+                column.append(crop.flip(-1) if mirror else crop)
+        batch = [torch.stack(column) for column in columns]             # (B,3,crop,crop) each
+        return batch if len(batch) > 1 else batch[0]
+
+
+@torch.no_grad()
+def teacher_outputs(teacher, images, device, dtype=torch.float32):
+    """T(x) for a list of (3,H,W) uint8 images: a list of (3,H,W) float16 in [0,1] on the CPU."""
+    outputs = []
+    for image in tqdm(images, "teacher", disable=None):
+        x = to_device(image[None], torch.device(device))
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
+            y = teacher(x.contiguous(memory_format=torch.channels_last))
+        outputs.append(y[0].float().clamp(0, 1).half().cpu())
+    return outputs
+
+
+def batches_from(loader, step):
+    """Batches of a loader, repeated without end, from update `step` on."""
+    if hasattr(loader, "step"):
+        loader.step, step = step, 0
+    while True:
+        for batch in loader:
+            if step > 0:                                        # seen before the interruption
+                step -= 1
+            else:
+                yield batch
+
+
+def to_device(x, device):
+    """Copies to a device, from pinned memory to a GPU; uint8 images become floats in [0,1]."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    x = x.to(device, non_blocking=True)
+    return x / 255 if x.dtype is torch.uint8 else x
+
+
+def save_state(state, path):
+    """torch.save under a temporary name; a full disk raises OSError and leaves the old file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
+    os.replace(f"{path}.tmp", path)

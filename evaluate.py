@@ -1,4 +1,4 @@
-"""How good a restorer is, in figures that can be compared, and what it costs.
+"""How good a restorer is, in comparable metrics, and what it costs.
 
     PSNR = 10 log10(255^2 / MSE)                                            dB
     SSIM = mean of (2 mu_a mu_b + C1)(2 s_ab + C2) / ((mu_a^2 + mu_b^2 + C1)(s_a^2 + s_b^2 + C2)),
@@ -6,26 +6,30 @@
            (Wang et al. 2004)
     Y    = 16 + 65.481 R + 128.553 G + 24.966 B, R, G, B in [0,1]           BT.601, as in MATLAB
 
-Outputs are clamped and rounded to 8 bits first, as a saved PNG would be. Whole photos: nothing is
-cropped or resized. RGB: the mean over the channels. Y: of the rounded RGB, not rounded again. A
-set's figure is the mean over its photos. RGB and Y differ by 1.5 to 2 dB for the same outputs.
+Outputs are first clamped and rounded to 8 bits, as in a saved PNG. Photos are evaluated whole:
+nothing is cropped or resized. RGB metrics are the mean over the channels; Y is computed from the
+rounded RGB and not rounded again. A set's value is the mean over its photos. For the same outputs,
+RGB and Y differ by 1.5 to 2 dB.
 """
+import csv
+import json
+import math
 import os
 import re
 import statistics
 import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
 METRICS = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y")
@@ -33,14 +37,13 @@ COSTS = ("params", "gmacs", "ms", "peak_mb")
 DEFINITIONS = ("PSNR in dB, peak 255; SSIM with an 11x11 Gaussian window, sigma 1.5, K1 0.01, "
                "K2 0.03, valid region; outputs rounded to 8 bits; whole photos; Y is BT.601 as in "
                "MATLAB (16..235) of the rounded RGB; means over photos")
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 # ---------------------------------------------------------------- metrics
 
 def levels(image):
-    """(...,C,H,W) in [0,1] to 0..255, clamped. RGB is rounded, as a saved PNG would be; one
-    channel, luma, is not."""
+    """(...,C,H,W) in [0,1] to [0,255], clamped. RGB is rounded, as in a saved PNG; luma (one
+    channel) is not."""
     image = image.float().clamp(0, 1) * 255
     return image.round_() if image.shape[-3] == 3 else image
 
@@ -52,213 +55,70 @@ def rgb_to_y(image):
 
 
 def psnr(a, b):
-    """PSNR in dB between (B,C,H,W) or (C,H,W) in [0,1], as a float: the mean over the B photos;
-    inf for equal ones. RGB is rounded to 8 bits, luma is not. Raises ValueError for two shapes."""
-    a, b = comparable(a, b)
-    mse = (levels(a) - levels(b)).square_().mean((1, 2, 3), dtype=torch.float64)
+    """PSNR in dB between two images (C,H,W) or (B,C,H,W) in [0,1], averaged over B; inf if they are
+    equal. RGB is rounded to 8 bits, luma is not. Raises ValueError if the shapes differ."""
+    a, b = check_images(a, b)
+    mse = (levels(a) - levels(b)).square_().mean((1, 2, 3), dtype=torch.float64)            # (B,)
     return float((10 * torch.log10(255 ** 2 / mse)).mean())
 
 
 def ssim(a, b):
-    """SSIM (Wang et al. 2004) between (B,C,H,W) or (C,H,W) in [0,1], as a float: the mean over
-    channels and photos. RGB is rounded to 8 bits, luma is not. Raises ValueError for two shapes,
-    or fewer than 11 px."""
-    a, b = comparable(a, b)
+    """SSIM (Wang et al. 2004) between two images (C,H,W) or (B,C,H,W) in [0,1], averaged over
+    channels and B. RGB is rounded to 8 bits, luma is not. Raises ValueError if the shapes differ or
+    a side is shorter than 11 px."""
+    a, b = check_images(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs at least 11x11 px, not {tuple(a.shape[-2:])}")
-    ramp = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
-    window = torch.exp(-ramp ** 2 / (2 * 1.5 ** 2))
-    window = (window / window.sum()).view(1, 1, 1, 11)
-    blur = lambda x: F.conv2d(F.conv2d(x, window), window.mT)               # (B,1,H-10,W-10)
-    c1, c2, total, band = (0.01 * 255) ** 2, (0.03 * 255) ** 2, 0.0, 512
-    for y in range(0, a.shape[-2] - 10, band):                              # in bands: memory
-        bands = [levels(x[..., y:y + band + 10, :]).double().split(1, dim=1) for x in (a, b)]
-        for u, v in zip(*bands):                                            # (B,1,band+10,W)
-            mu, mv = blur(u), blur(v)
-            su, sv, suv = blur(u * u) - mu ** 2, blur(v * v) - mv ** 2, blur(u * v) - mu * mv
-            total += float(((2 * mu * mv + c1) * (2 * suv + c2)
-                            / ((mu ** 2 + mv ** 2 + c1) * (su + sv + c2))).sum())
-    return total / (a.shape[0] * a.shape[1] * (a.shape[2] - 10) * (a.shape[3] - 10))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
+    for x, y in zip(levels(a).unbind(1), levels(b).unbind(1)):              # one channel at a time:
+        x, y = x.double(), y.double()                                       # memory; (B,H,W)
+        mx, my = blur(x), blur(y)                                           # (B,H-10,W-10)
+        vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
+        values.append(float(((2 * mx * my + c1) * (2 * cov + c2)
+                             / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean()))
+    return statistics.fmean(values)
 
 
-def comparable(a, b):
+def blur(x):
+    """The local mean of (B,H,W) under SSIM's Gaussian window, valid region: (B,H-10,W-10)."""
+    window = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
+    window = [weight / sum(window) for weight in window]
+    height, width = x.shape[-2] - 10, x.shape[-1] - 10
+    x = sum(weight * x[..., i:i + width] for i, weight in enumerate(window))
+    return sum(weight * x[..., i:i + height, :] for i, weight in enumerate(window))
+
+
+def check_images(a, b):
+    """Two images of the same shape as (B,C,H,W)."""
     if a.shape != b.shape or a.dim() not in (3, 4):
-        raise ValueError("two images of one shape, (C,H,W) or (B,C,H,W), are needed, not "
+        raise ValueError("two images of the same shape, (C,H,W) or (B,C,H,W), are needed, not "
                          f"{tuple(a.shape)} and {tuple(b.shape)}")
-    return (x.unsqueeze(0) if x.dim() == 3 else x for x in (a, b))
+    return (a, b) if a.dim() == 4 else (a[None], b[None])
 
 
 def measure(image, truth):
-    """All four metrics of (3,H,W) in [0,1] against its ground truth."""
+    """All four metrics of an image (3,H,W) in [0,1] against its ground truth, as a dict."""
     y, y_truth = rgb_to_y(levels(image) / 255), rgb_to_y(levels(truth) / 255)
     values = psnr(image, truth), ssim(image, truth), psnr(y, y_truth), ssim(y, y_truth)
     return dict(zip(METRICS, values))
 
 
-# ---------------------------------------------------------------- photos and paired folders
-
-def read_image(path):
-    """A photo (grey, palette, transparent, 16-bit, CMYK, turned by its EXIF) as (3,H,W) uint8 RGB.
-    Raises ValueError with the file's name where it can't be read."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):          # grey, 16 bits or floats in [0,1]
-                scale = 255 if image.mode == "F" else 1 / 257
-                image = np.asarray(image, np.float64) * scale
-                image = Image.fromarray(image.round().clip(0, 255).astype(np.uint8))
-            return pil_to_tensor(image.convert("RGB"))
-    except Exception as error:                             # its bytes are anyone's
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable image ({reason})") from None
-
-
-def list_images(folder, recursive=False):
-    """The image files in a folder, 2.png before 10.png; hidden files and folders are left out."""
-    files = Path(folder).rglob("*") if recursive else Path(folder).iterdir()
-    natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", str(p))]
-    hidden = lambda p: any(part[0] == "." for part in p.relative_to(folder).parts)
-    return sorted((p for p in files if p.suffix.lower() in ENDINGS and p.is_file()
-                   and not hidden(p)), key=natural)
-
-
-@dataclass
-class Pair:
-    """A degraded photo, its ground truth, and the name of the set that they belong to."""
-    degraded: Path
-    truth: Path
-    set: str
-
-    def read(self):
-        """Both, (3,H,W) in [0,1], and whether the truth, a few px larger, was centre-cropped."""
-        degraded, truth = read_image(self.degraded), read_image(self.truth)
-        more = [t - d for t, d in zip(truth.shape[1:], degraded.shape[1:])]
-        if min(more) < 0 or max(more) > 32:
-            raise ValueError(f"{self.degraded} is {tuple(degraded.shape[1:])} px and its truth "
-                             f"{self.truth} {tuple(truth.shape[1:])}")
-        return degraded / 255, center_crop(truth, degraded.shape[1:]) / 255, max(more) > 0
-
-
-DEGRADED = {"input", "rainy", "rain", "hazy", "in", "synthetic", "snow", "lq", "degraded"}
-TRUTH = {"target", "norain", "clear", "gt"}
-RULES = {"same name": lambda name: name, "rain-N to norain-N": lambda name: "no" + name,
-         "id before the first _": lambda name: name.split("_")[0]}
-
-
-def find_pairs(folder):
-    """The pairs of a benchmark in any of the layouts that people have (README), from its root or a
-    folder in it.
-
-    Returns a list of Pair: of all sets below the root, each under its name; none for a folder of
-    photos that no ground truth lies beside. Raises ValueError, with the names, where there is
-    nothing, more than one way to take it, or a photo without partner.
-    """
-    folder = Path(os.path.abspath(folder))
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    sets = sets_below(folder, 3)
-    if not sets and folder.name.lower() in DEGRADED | TRUTH:
-        sets = sets_below(folder.parent, 0)
-    if not sets and not list_images(folder, recursive=True):
-        raise ValueError(f"{folder}: no image file in it, nor in folders in it")
-    names = [os.path.relpath(os.path.commonpath(pair), folder) for pair in sets]
-    names = [name if name[0] != "." else Path(os.path.commonpath(pair)).name
-             for name, pair in zip(names, sets)]
-    return [pair for name, (degraded, truth) in zip(names, sets)
-            for pair in match(degraded, truth, Path(name).as_posix())]
-
-
-def sets_below(folder, deep):
-    """The sets [(degraded folder, truth folder)] in a folder, or else in the folders in it."""
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    degraded, truth = ([p for p in inside if p.name.lower() in names and list_images(p)]
-                       for names in (DEGRADED, TRUTH))
-    if not truth and any(p.stem.startswith("norain") for p in list_images(folder)):
-        truth = [folder]                                   # PReNet's Rain100L: one level up
-    if not (degraded and truth):
-        return [found for p in inside for found in sets_below(p, deep - 1)] if deep else []
-    if len(degraded) > 1 or len(truth) > 1:
-        both = (", ".join(p.name for p in part) for part in (degraded, truth))
-        raise ValueError(f"{folder}: which belong together? degraded: {'; truth: '.join(both)}")
-    return [(degraded[0], truth[0])]
-
-
-def match(degraded, truth, name):
-    """Pairs the files of two folders by the one rule that fits them all; never by their order."""
-    inputs, by_stem = list_images(degraded), {}
-    for p in list_images(truth):
-        if truth != degraded.parent or p.stem.startswith("norain"):
-            if p.stem in by_stem:
-                raise ValueError(f"{truth}: {by_stem[p.stem].name} and {p.name} could each be it")
-            by_stem[p.stem] = p
-    alone = {rule: [p.name for p in inputs if key(p.stem) not in by_stem]
-             for rule, key in RULES.items()}
-    rule = min(RULES, key=lambda r: len(alone[r]))
-    left = by_stem.keys() - {RULES[rule](p.stem) for p in inputs}
-    if alone[rule] or left:
-        some = lambda names: f"{', '.join(names[:5])}{' ...' * (len(names) > 5)} ({len(names)})"
-        raise ValueError(f"{degraded} and {truth}: degraded photos without truth: "
-                         f"{some(alone[rule])}; truths without degraded photo: "
-                         f"{some(sorted(by_stem[stem].name for stem in left))}")
-    return [Pair(p, by_stem[RULES[rule](p.stem)], name) for p in inputs]
-
-
-# ---------------------------------------------------------------- restoring
-
-@torch.no_grad()
-def restore(model, image, tile=1024, overlap=64):
-    """model on one photo (3,H,W) in [0,1], in float32; returns (3,H,W) in [0,1].
-
-    A photo of more than `tile` px on a side is restored in tiles that overlap and fade into one
-    another; 0: never.
-    """
-    device = next(model.parameters()).device
-
-    def run(x):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = x[None].to(device, memory_format=torch.channels_last)
-            return model(x)[0].float().clamp(0, 1).to(image.device)
-
-    height, width = image.shape[-2:]
-    if not tile or max(height, width) <= tile:
-        return run(image)
-    output, weight = torch.zeros_like(image), torch.zeros_like(image[:1])
-    for y0, y1, fade_y in spans(height, tile, min(overlap, tile // 4)):
-        for x0, x1, fade_x in spans(width, tile, min(overlap, tile // 4)):
-            fade = (fade_y[:, None] * fade_x).to(image.device)
-            output[:, y0:y1, x0:x1] += run(image[:, y0:y1, x0:x1]) * fade
-            weight[:, y0:y1, x0:x1] += fade
-    return output.div_(weight)
-
-
-def spans(length, tile, overlap):
-    """(start, end, weights) of evenly laid tiles that cover a length; where two overlap, linear
-    fades."""
-    if length <= tile:
-        return [(0, length, torch.ones(length))]
-    count = -(-(length - overlap) // (tile - overlap))
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
-    rise = (torch.arange(1, tile + 1) / (overlap + 1)).clamp(max=1)
-    whole = torch.ones(tile)
-    return [(s, s + tile, (rise if s else whole) * (rise.flip(0) if s + tile < length else whole))
-            for s in starts]
-
-
-# ---------------------------------------------------------------- evaluating
-
 def evaluate(model, pairs, *, tile=1024, label="evaluate"):
-    """The metrics of a model over pairs; of the degraded photos themselves where it is None.
+    """The metrics of a model, averaged over pairs; of the degraded photos if model is None.
 
     pairs: list of Pair, or of (degraded, truth) tensors (3,H,W) in [0,1].
+    tile: see `restore`. label: of the progress bar.
     Returns {"psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "n_images", "cropped", "images"}: means
-    over the photos; truths that were centre-cropped; the metrics of each photo.
-    Raises ValueError for no pairs.
+    over the photos; how many ground truths were centre-cropped; the metrics of each photo.
+    Raises ValueError if there are no pairs.
     """
     rows, cropped = [], 0
     for pair in tqdm(pairs, label, disable=None):
-        degraded, truth, cut = pair.read() if isinstance(pair, Pair) else (*pair, False)
-        rows.append(measure(degraded if model is None else restore(model, degraded, tile), truth))
-        cropped += cut
+        degraded, truth, was_cropped = pair.read() if isinstance(pair, Pair) else (*pair, False)
+        output = degraded if model is None else restore(model, degraded, tile)
+        rows.append(measure(output, truth))
+        cropped += was_cropped
     if not rows:
         raise ValueError("there are no pairs to evaluate")
     return means(rows) | {"n_images": len(rows), "cropped": cropped, "images": rows}
@@ -269,81 +129,316 @@ def means(rows):
     return {key: statistics.fmean(row[key] for row in rows) for key in METRICS}
 
 
+# ---------------------------------------------------------------- restoring
+
+@torch.no_grad()
+def restore(model, image, tile=1024, overlap=64):
+    """Runs a model on one photo (3,H,W) in [0,1], in float32. Returns (3,H,W) in [0,1].
+
+    tile: a photo with a longer side, px, is restored in overlapping tiles, blended linearly; 0:
+      always whole. overlap: px, at most a quarter of the tile.
+    """
+    height, width = image.shape[-2:]
+    if not tile or max(height, width) <= tile:
+        return restore_whole(model, image)
+    overlap = min(overlap, tile // 4)
+    output, weight = torch.zeros_like(image), torch.zeros_like(image[:1])
+    for top, bottom, fade_y in spans(height, tile, overlap):
+        for left, right, fade_x in spans(width, tile, overlap):
+            fade = (fade_y[:, None] * fade_x).to(image.device)              # (tile,tile)
+            restored = restore_whole(model, image[:, top:bottom, left:right])
+            output[:, top:bottom, left:right] += restored * fade
+            weight[:, top:bottom, left:right] += fade
+    return output.div_(weight)
+
+
+def restore_whole(model, image):
+    """Runs a model on one photo (3,H,W) at once; TF32 is off, so that GPUs agree with CPUs."""
+    device = next(model.parameters()).device
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        x = image[None].to(device, memory_format=torch.channels_last)
+        return model(x)[0].float().clamp(0, 1).to(image.device)
+
+
+def spans(length, tile, overlap):
+    """(start, end, weights) of evenly spaced tiles that cover a length, px; the weights fade in and
+    out linearly where two tiles overlap."""
+    if length <= tile:
+        return [(0, length, torch.ones(length))]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    fade_in = (torch.arange(1, tile + 1) / (overlap + 1)).clamp(max=1)
+    tiles = []
+    for i in range(count):
+        start = round(i * (length - tile) / (count - 1))
+        weights = torch.ones(tile)
+        if i > 0:
+            weights = weights * fade_in
+        if i < count - 1:
+            weights = weights * fade_in.flip(0)
+        tiles.append((start, start + tile, weights))
+    return tiles
+
+
+def restore_folder(model, source, folder, tile=1024):
+    """Restores a photo, or all photos below a folder, into `folder` as PNG files.
+
+    Sub-folders are kept: source/a/b.jpg becomes folder/a/b.png; if source/a has a b.png too, they
+    become b.jpg.png and b.png.png. Unreadable photos are skipped with a message. Photos below
+    `folder` itself are not restored. Raises ValueError if there is no photo, none can be read, or
+    one would be overwritten.
+    """
+    source, folder = Path(source), Path(folder)
+    root = source if source.is_dir() else source.parent
+    files = list_images(source, recursive=True) if source.is_dir() else [source]
+    if source.resolve() in folder.resolve().parents:       # outputs of an earlier call
+        files = [file for file in files if folder.resolve() not in file.resolve().parents]
+    if not files:
+        raise ValueError(f"{source}: no image file in it (png, jpg, bmp, webp, tif)")
+    targets = [folder / file.relative_to(root).with_suffix(".png") for file in files]
+    overwritten = {path.resolve() for path in targets} & {file.resolve() for file in files}
+    if overwritten:
+        raise ValueError(f"{overwritten.pop()} is one of the photos: give another --output")
+    uses, written = Counter(targets), 0
+    for file, target in zip(tqdm(files, "restore", disable=None), targets):
+        if uses[target] > 1:                               # b.jpg beside b.png
+            target = target.with_name(f"{file.name}.png")
+        try:
+            photo = read_image(file)
+        except ValueError as error:
+            print(f"skipped: {error}", flush=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_png(levels(restore(model, photo / 255, tile)).byte(), target)
+        written += 1
+    if not written:
+        raise ValueError(f"{source}: none of its photos can be read")
+
+
+# ---------------------------------------------------------------- cost
+
 @torch.no_grad()
 def cost(model, size=256, runs=5):
-    """What a model costs at size x size, batch 1, float32, on the device that it is on.
+    """The cost of a model for one photo of size x size px, in float32, on the model's device.
 
     Returns {"params", "gmacs", "ms", "peak_mb"}: parameters; 1e9 multiply-adds of all convolutions,
-    matrix products and attention; median milliseconds; peak MB of weights and activations.
+    matrix products and attention; median milliseconds; peak MB of weights and activations, without
+    the temporary memory of libraries such as cuDNN.
     """
-    x, times = torch.rand(1, 3, size, size, device=next(model.parameters()).device), []
+    x = torch.rand(1, 3, size, size, device=next(model.parameters()).device)
     x = x.contiguous(memory_format=torch.channels_last)
-    own = sum(t.numel() * t.element_size() for t in [x, *model.parameters(), *model.buffers()])
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flops = FlopCounterMode(display=False, custom_mapping={cpu_attention: attention_flops})
+    memory, times = LiveTensors([x, *model.parameters(), *model.buffers()]), []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:       # not in torch's
-                 lambda q, k, v, *others, **named: sdpa_flop_count(q, k, v)}       # own list
-        with FlopCounterMode(display=False, custom_mapping=fused) as flops, LiveBytes() as live:
+        with flops, memory:
             model(x)
-        if x.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if x.is_cuda else 0
         for _ in range(runs):
-            wait()
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)           # the clock needs a GPU sync point
             start = time.perf_counter()
             model(x)
-            wait()
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
             times.append(1000 * (time.perf_counter() - start))
-    peak = own + (torch.cuda.max_memory_allocated() - before if x.is_cuda else live.peak)
     values = (sum(p.numel() for p in model.parameters()), flops.get_total_flops() / 2e9,
-              statistics.median(times), peak / 2 ** 20)
+              statistics.median(times), memory.peak / 2 ** 20)
     return dict(zip(COSTS, values))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made within it that are alive, and their peak."""
+def attention_flops(query, key, value, *others, **named):
+    """FLOPs of attention on a CPU, which torch's counter leaves out; the arguments are shapes."""
+    return sdpa_flop_count(query, key, value)
 
-    def __init__(self):
+
+class LiveTensors(TorchDispatchMode):
+    """Adds up the bytes of the given tensors and of those that operators return inside it, as long
+    as they are alive; `peak` is the maximum."""
+
+    def __init__(self, tensors):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.sizes = weakref.WeakKeyDictionary()           # {storage: bytes}, of live storages only
+        self.peak = 0
+        self.add(tensors)
 
-    def free(self, size):
-        self.now -= size
+    def add(self, tensors):
+        for tensor in tensors:
+            storage = tensor.untyped_storage()             # views share it
+            self.sizes[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.sizes.values()))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for leaf in tree_leaves((args, kwargs)):           # what was there before doesn't count
-            if torch.is_tensor(leaf):
-                self.seen.add(leaf.untyped_storage())
         output = function(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(output) if torch.is_tensor(x)):
-            if storage not in self.seen:
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        self.add([leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)])
         return output
+
+
+# ---------------------------------------------------------------- photos and paired folders
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+DEGRADED = {"input", "rainy", "rain", "hazy", "in", "synthetic", "snow", "lq", "degraded"}
+TRUTH = {"target", "norain", "clear", "gt"}
+# From the name of a degraded photo to that of its ground truth, without endings.
+RULES = (lambda stem: stem,                                # the same name
+         lambda stem: "no" + stem,                         # rain-001 to norain-001 (Rain100L)
+         lambda stem: stem.split("_")[0])                  # 0001_0.8_0.2 to 0001 (SOTS)
+
+
+def read_image(path):
+    """A photo (grey, palette, transparent, 16-bit, CMYK, rotated by its EXIF) as (3,H,W) uint8 RGB.
+    Raises ValueError, with the file's name, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):          # grey: 16 bits, or floats in [0,1]
+                scale = 255 if image.mode == "F" else 1 / 257
+                image = np.asarray(image, np.float64) * scale
+                image = Image.fromarray(image.round().clip(0, 255).astype(np.uint8))
+            return pil_to_tensor(image.convert("RGB"))
+    except Exception as error:                             # Pillow raises many exception types
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable image ({reason})") from None
+
+
+def list_images(folder, recursive=False):
+    """The image files in a folder in natural order (2.png before 10.png); hidden files and folders
+    are left out."""
+    images = []
+    for path in Path(folder).rglob("*") if recursive else Path(folder).iterdir():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in ENDINGS and not hidden and path.is_file():
+            images.append(path)
+    return sorted(images, key=natural_order)
+
+
+def natural_order(path):
+    """A sorting key that compares the digits in a path as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+@dataclass
+class Pair:
+    """A degraded photo, its ground truth, and the name of the set that they belong to."""
+    degraded: Path
+    truth: Path
+    set: str
+
+    def read(self):
+        """Returns both photos, (3,H,W) in [0,1], and whether the truth was centre-cropped. Raises
+        ValueError if the truth is smaller or more than 32 px larger than the degraded photo."""
+        degraded, truth = read_image(self.degraded), read_image(self.truth)
+        height, width = degraded.shape[1:]
+        extra = truth.shape[1] - height, truth.shape[2] - width
+        if min(extra) < 0 or max(extra) > 32:
+            raise ValueError(f"{self.degraded} is {(height, width)} px and its truth {self.truth} "
+                             f"{tuple(truth.shape[1:])}")
+        return degraded / 255, center_crop(truth, [height, width]) / 255, max(extra) > 0
+
+
+def find_pairs(folder):
+    """The pairs of a benchmark in any of the usual layouts (README).
+
+    folder: the benchmark's root, or the folder of its degraded photos or of its ground truths.
+    Returns a list of Pair, of all sets at most three levels below the root; an empty list if the
+    photos have no ground truth. Raises ValueError, with the names, if there is no photo, if it is
+    ambiguous which folders or files belong together, or if a photo has no partner.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    sets = find_sets(folder, depth=3)
+    if not sets and folder.name.lower() in DEGRADED | TRUTH:
+        sets = find_sets(folder.parent, depth=0)
+    if not sets and not list_images(folder, recursive=True):
+        raise ValueError(f"{folder}: no image file in it or below it")
+    pairs = []
+    for degraded, truth in sets:
+        root = degraded.parent
+        name = root.relative_to(folder).as_posix() if folder in root.parents else root.name
+        pairs += match_files(degraded, truth, name)
+    return pairs
+
+
+def find_sets(root, depth):
+    """[(degraded folder, truth folder)] of the sets in `root` and at most `depth` levels below."""
+    sets = []
+    for path, subfolders, _ in os.walk(root, followlinks=True):
+        folder = Path(path)
+        found = find_set(folder)
+        sets += found
+        if found or len(folder.relative_to(root).parts) == depth:
+            subfolders.clear()                             # os.walk goes no deeper here
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    return sets
+
+
+def find_set(folder):
+    """[(degraded folder, truth folder)] directly in a folder, or [] if one of them is missing."""
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+    degraded = [p for p in subfolders if p.name.lower() in DEGRADED and list_images(p)]
+    truth = [p for p in subfolders if p.name.lower() in TRUTH and list_images(p)]
+    if not truth and any(path.stem.startswith("norain") for path in list_images(folder)):
+        truth = [folder]                                   # Rain100L's archive: one level up
+    if degraded and truth and len(degraded + truth) > 2:
+        raise ValueError(f"{folder}: which folders belong together? degraded: "
+                         f"{', '.join(p.name for p in degraded)}; truth: "
+                         f"{', '.join(p.name for p in truth)}")
+    return list(zip(degraded, truth))
+
+
+def match_files(degraded, truth, name):
+    """Pairs the files of two folders by the one rule of RULES that fits them all; never by their
+    order. Raises ValueError, with the names, if files are left over or two truths share a name."""
+    inputs, truths = list_images(degraded), {}
+    for path in list_images(truth):
+        if truth == degraded.parent and not path.stem.startswith("norain"):
+            continue
+        if path.stem in truths:
+            raise ValueError(f"{truth}: {truths[path.stem].name} and {path.name} share a name; "
+                             "which one is the truth?")
+        truths[path.stem] = path
+    unmatched = {rule: [p.name for p in inputs if rule(p.stem) not in truths] for rule in RULES}
+    rule = min(RULES, key=lambda rule: len(unmatched[rule]))
+    unused = truths.keys() - {rule(path.stem) for path in inputs}
+    if unmatched[rule] or unused:
+        unused = sorted(truths[stem].name for stem in unused)
+        raise ValueError(f"{degraded} and {truth}: degraded photos without truth: "
+                         f"{first_names(unmatched[rule])}; truths without degraded photo: "
+                         f"{first_names(unused)}")
+    return [Pair(path, truths[rule(path.stem)], name) for path in inputs]
+
+
+def first_names(names):
+    """The first five names, and how many there are."""
+    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
 
 
 # ---------------------------------------------------------------- reports
 
-def report(models, found, pairs):
-    """The body of metrics.json: models {who: module, or None for the input}, found {who: what
-    `evaluate` returned}, over a list of Pair."""
+def report(models, results, pairs):
+    """The body of metrics.json.
+
+    models: {name: module}, with None for "input"; "teacher" and "student" are needed.
+    results: {name: what `evaluate` returned} for the same names. pairs: list of Pair.
+    """
     sets = list(dict.fromkeys(pair.set for pair in pairs))
-    price = {who: cost(model) for who, model in models.items() if model is not None}
+    costs = {name: cost(model) for name, model in models.items() if model is not None}
     metrics = {"test_set": " + ".join(sets), "n_images": len(pairs)}
-    for who, result in found.items():
-        metrics[who] = {key: result[key] for key in METRICS} | price.get(who, {})
-    metrics["ratio"] = {key: price["teacher"][key] / price["student"][key] for key in COSTS}
+    for name, result in results.items():
+        metrics[name] = {key: result[key] for key in METRICS} | costs.get(name, {})
+    metrics["ratio"] = {key: costs["teacher"][key] / costs["student"][key] for key in COSTS}
     if len(sets) > 1:
         metrics["sets"] = {}
-    for name in sets if len(sets) > 1 else ():
-        chosen = [i for i, pair in enumerate(pairs) if pair.set == name]
-        metrics["sets"][name] = {"n_images": len(chosen)} | {
-            who: means([result["images"][i] for i in chosen]) for who, result in found.items()}
+        for set_name in sets:
+            chosen = [i for i, pair in enumerate(pairs) if pair.set == set_name]
+            metrics["sets"][set_name] = {"n_images": len(chosen)}
+            for name, result in results.items():
+                rows = [result["images"][i] for i in chosen]
+                metrics["sets"][set_name][name] = means(rows)
     device = next(models["student"].parameters()).device.type
-    metrics |= {"definitions": DEFINITIONS, "cost_at": f"256x256, batch 1, float32, on {device}"}
-    if cropped := found["input"]["cropped"]:
+    metrics["definitions"] = DEFINITIONS
+    metrics["cost_at"] = f"256x256, batch 1, float32, on {device}"
+    cropped = results["input"]["cropped"]
+    if cropped:
         metrics["note"] = f"The truths of {cropped} photos were larger and were centre-cropped."
     return metrics
 
@@ -353,32 +448,111 @@ def table(metrics):
     lines = [f"# {metrics['task']}: {metrics['test_set']} ({metrics['n_images']} photos)", "",
              "| | PSNR RGB | SSIM RGB | PSNR Y | SSIM Y | params | GMACs | ms | peak MB |",
              "|---|---|---|---|---|---|---|---|---|"]
-    parts = {f"{name} ({m['n_images']}): ": m for name, m in metrics.get("sets", {}).items()}
-    for prefix, part in ({"": metrics} | parts).items():
-        for who in ("input", "teacher", "student"):
-            m = part[who]
-            price = [f"{m[k]:{form}}" if k in m else ""
-                     for k, form in zip(COSTS, (",", ".2f", ".1f", ".0f"))]
-            values = [f"{m['psnr_rgb']:.2f}", f"{m['ssim_rgb']:.4f}", f"{m['psnr_y']:.2f}",
-                      f"{m['ssim_y']:.4f}", *price]
-            lines.append(f"| {prefix}{who} | {' | '.join(values)} |")
+    parts = {"": metrics}
+    for name, part in metrics.get("sets", {}).items():
+        parts[f"{name} ({part['n_images']}): "] = part
+    formats = dict(zip(METRICS + COSTS, (".2f", ".4f", ".2f", ".4f", ",", ".2f", ".1f", ".0f")))
+    for prefix, part in parts.items():
+        for name in ("input", "teacher", "student"):
+            values = part[name]
+            cells = [f"{values[key]:{form}}" if key in values else ""
+                     for key, form in formats.items()]
+            lines.append(f"| {prefix}{name} | {' | '.join(cells)} |")
     ratio = " | ".join(f"{metrics['ratio'][key]:.1f}x" for key in COSTS)
-    notes = metrics["definitions"], f"Cost at {metrics['cost_at']}", metrics.get("note", "")
-    lines += [f"| teacher / student | | | | | {ratio} |", "", ". ".join(notes).rstrip(". ") + "."]
-    return "\n".join(lines) + "\n"
+    lines += [f"| teacher / student | | | | | {ratio} |", "",
+              f"{metrics['definitions']}. Cost at {metrics['cost_at']}. {metrics.get('note', '')}"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_csv(results, pairs, path):
+    """Writes one row per photo: set, file name, and each model's four metrics.
+
+    results: {name: what `evaluate` returned}, over the same list of Pair.
+    """
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "image"] + [f"{name}_{key}" for name in results for key in METRICS])
+        for i, pair in enumerate(pairs):
+            rows = [result["images"][i] for result in results.values()]
+            writer.writerow([pair.set, pair.degraded.name]
+                            + [f"{row[key]:.5f}" for row in rows for key in METRICS])
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------- figures and files
+
+def comparison_figure(models, pairs, path, tile=1024):
+    """Writes a PNG of up to six photos spread over the set, one row each: a column for each of
+    models {name: module, or None for the degraded photo} and one for the ground truth."""
+    columns = {name: [] for name in [*models, "ground truth"]}
+    for i in sorted({i * (len(pairs) - 1) // 5 for i in range(6)}):
+        degraded, truth, _ = pairs[i].read()
+        images = {"ground truth": truth}
+        for name, model in models.items():
+            images[name] = degraded if model is None else restore(model, degraded, tile)
+        for name, image in images.items():
+            large = max(image.shape) > 512
+            columns[name].append(resize(image, 256, antialias=True) if large else image)
+    figure(columns, path)
 
 
 def figure(columns, path, side=256):
-    """Writes a PNG with a titled column for each {title: pictures (3,H,W) in [0,1]}, fitted to
-    `side` px."""
-    fit = lambda x: ImageOps.contain(to_pil_image(levels(x).byte().cpu()), (side, side),
-                                     Image.NEAREST)
+    """Writes a PNG with a titled column for each {title: [images (3,H,W) in [0,1]]}; each image is
+    scaled to fit into side x side px."""
+    def fit(image):
+        picture = to_pil_image(levels(image).byte().cpu())
+        return ImageOps.contain(picture, (side, side), Image.NEAREST)
+
     rows = [[fit(image) for image in row] for row in zip(*columns.values())]
-    heights = [4 + max(image.height for image in row) for row in rows]
+    heights = [4 + max(picture.height for picture in row) for row in rows]
     sheet = Image.new("RGB", ((side + 4) * len(columns), 18 + sum(heights)), "white")
     for c, title in enumerate(columns):
-        ImageDraw.Draw(sheet).text((c * (side + 4), 3), title, fill="black")
-        for r, row in enumerate(rows):
-            sheet.paste(row[c], (c * (side + 4), 18 + sum(heights[:r])))
-    sheet.save(f"{path}.tmp", "PNG")
+        left, top = c * (side + 4), 18
+        ImageDraw.Draw(sheet).text((left, 3), title, fill="black")
+        for row, height in zip(rows, heights):
+            sheet.paste(row[c], (left, top))
+            top += height
+    write_png(sheet, path)
+
+
+def plot_losses(log, path):
+    """Writes a PNG with one panel per stage and loss of a log.jsonl: the loss over the steps.
+
+    log: a file with one JSON object per line: {"stage", "step", "steps_per_s", and the losses}. If
+    a step occurs twice, after a resume, its last line counts. Writes nothing if there is no loss.
+    """
+    curves = {}                                            # {title: {step: loss}}
+    for line in Path(log).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:                                 # cut off when the run was killed
+            continue
+        for name, value in record.items():
+            if name not in ("stage", "step", "steps_per_s") and math.isfinite(value):
+                curves.setdefault(f"{record['stage']}: {name}", {})[record["step"]] = value
+    if not curves:
+        return
+    sheet = Image.new("RGB", (300 * len(curves), 200), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, curve) in enumerate(curves.items()):
+        left, top, right, bottom = 300 * i + 60, 25, 300 * i + 285, 175
+        steps, low, high = sorted(curve), min(curve.values()), max(curve.values())
+        first, last = steps[0], steps[-1]
+        x = [left + (right - left) * (step - first) / max(last - first, 1) for step in steps]
+        y = [bottom - (bottom - top) * (curve[step] - low) / (high - low or 1) for step in steps]
+        draw.rectangle((left, top, right, bottom), outline="gray")
+        draw.line(list(zip(x, y)), fill="blue")
+        draw.text((left, 8), title, fill="black")
+        draw.text((left - 4, top), f"{high:.3g}", fill="black", anchor="rt")
+        draw.text((left - 4, bottom), f"{low:.3g}", fill="black", anchor="rb")
+        draw.text((left, bottom + 5), f"step {first}", fill="black", anchor="lt")
+        draw.text((right, bottom + 5), f"{last}", fill="black", anchor="rt")
+    write_png(sheet, path)
+
+
+def write_png(image, path):
+    """Writes (3,H,W) uint8, or a PIL picture, as a PNG file: under a temporary name, which is then
+    renamed, so that no file is ever incomplete."""
+    picture = to_pil_image(image.cpu()) if torch.is_tensor(image) else image
+    picture.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)

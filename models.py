@@ -1,10 +1,10 @@
-"""The networks: `Restorer` (teacher and student), and a frozen Stable Diffusion as plain functions.
+"""The networks: `Restorer` (teacher and student) and a frozen Stable Diffusion.
 
 symbol      in code            shape, range
 x           image              (B,3,H,W) in [0,1]
 z = E(x)    sd.encode          (B,C,H/f,W/f), scaled to about unit variance by the VAE's own factor
 D(z)        sd.decode          (B,3,H,W) in [0,1]
-eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps, or v, as the U-Net has it
+eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps or v, whichever was trained
 P           prompts            (B,N,d), d = the U-Net's cross-attention width
 """
 import ast
@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,10 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """NAFNet's block (Chen et al. 2022): two residual parts, nonlinear by the simple gate a * b.
+    """NAFNet's block (Chen et al. 2022): two residual branches with the simple gate a * b.
 
-    window: features that channel attention averages over, once trained; 0: all of them.
+    window: side of the neighbourhood, in features, that channel attention averages over in eval
+    mode (odd); 0: the whole feature map.
     """
 
     def __init__(self, c, window=0):
@@ -49,65 +51,72 @@ class Block(nn.Module):
         self.project = nn.Conv2d(c, c, 1)
         self.widen = nn.Conv2d(c, 2 * c, 1)
         self.narrow = nn.Conv2d(c, c, 1)
-        self.beta = nn.Parameter(torch.ones(1, c, 1, 1))   # NAFNet's 0 starts too slowly for
-        self.gamma = nn.Parameter(torch.ones(1, c, 1, 1))  # trainings of a few thousand steps
+        self.beta = nn.Parameter(torch.ones(1, c, 1, 1))   # NAFNet starts at 0, which is too slow
+        self.gamma = nn.Parameter(torch.ones(1, c, 1, 1))  # for a few thousand steps
 
     def forward(self, x):
         a, b = self.depthwise(self.expand(self.norm1(x))).chunk(2, dim=1)
         y = a * b                                                           # (B,c,H,W)
-        local = self.window and not self.training
-        context = local_mean(y, self.window) if local else y.mean((2, 3), keepdim=True)
-        y = y * self.attention(context)                                     # (B,c,1,1) if not local
-        x = x + self.beta * self.project(y)
+        if self.window and not self.training:
+            context = local_mean(y, self.window)                            # (B,c,H,W)
+        else:
+            context = y.mean((2, 3), keepdim=True)                          # (B,c,1,1)
+        x = x + self.beta * self.project(y * self.attention(context))
         a, b = self.widen(self.norm2(x)).chunk(2, dim=1)
         return x + self.gamma * self.narrow(a * b)
 
 
 def local_mean(x, window):
-    """The mean over window x window neighbours (odd), cut off at the borders: (B,C,H,W) to the
-    same."""
+    """The mean over window x window neighbours (odd), cut off at the borders; keeps (B,C,H,W)."""
     pad = window // 2
     x = F.avg_pool2d(x, (window, 1), 1, (pad, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, window), 1, (0, pad), count_include_pad=False)
 
 
 class Restorer(nn.Module):
-    """A NAFNet-style U-Net with a global residual (Chen et al. 2022): a degraded photo to a clean
-    one. It works on the 2x2 px of the photo as channels, which makes it four times as fast. Our
-    choice: the paper's networks are not known to us.
+    """A NAFNet-style U-Net with a global residual (Chen et al. 2022).
 
-    width: channels at the first level, doubled at each. encoder, decoder: blocks a level. middle:
-    blocks at the bottom. window: px, the side of the crops that it is trained on: a trained network
-    averages its channel attention over as much, not over whole photos, which it has never seen
-    (test-time local conversion, Chu et al. 2022), so tiles and whole photos agree; 0: over whole
-    photos. Raises ValueError where encoder and decoder differ in levels.
+    It runs on 2x2 px blocks as channels (pixel unshuffle), about four times as fast as on single
+    pixels. The architecture is our choice: we do not know the paper's networks.
+
+    width: channels at the first level, doubled at each further level.
+    encoder, decoder: blocks per level. middle: blocks at the bottom.
+    window: side of the training crops, px. In eval mode, channel attention averages over an area of
+      this size instead of the whole photo (Chu et al. 2022), as in training; tiles and whole photos
+      then agree. 0: over the whole photo.
+    Raises ValueError if encoder and decoder have different numbers of levels.
     """
 
     def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1), window=0):
         super().__init__()
         if len(encoder) != len(decoder):
-            raise ValueError(f"encoder and decoder need as many levels: {encoder}, {decoder}")
+            raise ValueError("encoder and decoder must have the same number of levels, not "
+                             f"{encoder} and {decoder}")
         self.config = dict(width=width, encoder=list(encoder), middle=middle, decoder=list(decoder),
                            window=window)
-        self.multiple = 2 ** (len(encoder) + 1)
-        local = lambda c: window * width // (2 * c) | 1 if window else 0   # c doubles as sides halve
-        blocks = lambda c, n: nn.Sequential(*[Block(c, local(c)) for _ in range(n)])
-        widths = [width * 2 ** i for i in range(len(encoder) + 1)]
+        self.multiple = 2 ** (len(encoder) + 1)            # the padded sides are multiples of this
+
+        def blocks(channels, count):
+            features = window * width // (2 * channels)    # the training crop's side at this level
+            local = features | 1 if window else 0          # made odd
+            return nn.Sequential(*[Block(channels, local) for _ in range(count)])
+
+        *widths, bottom = [width * 2 ** level for level in range(len(encoder) + 1)]
         self.intro = nn.Conv2d(12, width, 3, padding=1)
         self.encoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, encoder))
-        self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in widths[:-1])
-        self.middle = blocks(widths[-1], middle)
-        widths = widths[-2::-1]
+        self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in widths)
+        self.middle = blocks(bottom, middle)
+        widths.reverse()
         self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * c, 4 * c, 1, bias=False),
                                                nn.PixelShuffle(2)) for c in widths)
         self.decoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, decoder))
         self.ending = nn.Conv2d(width, 12, 3, padding=1)
-        nn.init.zeros_(self.ending.weight)
-        nn.init.zeros_(self.ending.bias)                   # starts as the identity
+        nn.init.zeros_(self.ending.weight)                 # starts as the identity
+        nn.init.zeros_(self.ending.bias)
 
     def forward(self, image):
-        """image: (B,3,H,W) in [0,1], any H and W. Returns the restored (B,3,H,W), in about [0,1]:
-        clamp it to save it."""
+        """image: (B,3,H,W) in [0,1], any H and W. Returns the restored image, (B,3,H,W); values may
+        lie slightly outside [0,1]."""
         height, width = image.shape[-2:]
         padded, skips = pad_to_multiple(image, self.multiple), []
         x = self.intro(F.pixel_unshuffle(padded, 2))                        # (B,c,H/2,W/2)
@@ -122,195 +131,48 @@ class Restorer(nn.Module):
 
 
 def pad_to_multiple(image, multiple):
-    """Pads (B,C,H,W) right and below to a multiple, by reflection where the photo is large."""
+    """Pads (B,C,H,W) at the right and bottom to a multiple: by reflection, or by replication if
+    the image is smaller than the padding."""
     height, width = image.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
     mode = "reflect" if bottom < height and right < width else "replicate"
     return F.pad(image, (0, right, 0, bottom), mode=mode)
 
 
-# ---------------------------------------------------------------- saving and loading restorers
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def save_restorer(model, path):
-    """Writes a Restorer as safetensors in fp16, its architecture in the metadata."""
-    state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, f"{path}.tmp", metadata={"restorer": json.dumps(model.config)})
-    os.replace(f"{path}.tmp", path)
-
-
-def load_restorer(spec, device="cpu", multiple=1):
-    """A frozen restoration network, in eval mode: an nn.Module, (B,3,H,W) in [0,1] to the same.
-
-    spec: a `.safetensors` written by `save_restorer`, or `FILE.py:NAME@WEIGHTS`. NAME is a class or
-      function in FILE.py that returns an nn.Module, with keyword literals if it needs arguments,
-      `NAME(width=48, blocks=[4, 6])`; WEIGHTS is a state_dict in any of the usual wrappings.
-    multiple: foreign networks get their input padded by reflection to a multiple of this.
-    Raises ValueError for what can't be found, read or matched.
-    """
-    foreign = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(\(.*\))?@(.+)", str(spec))
-    if foreign:
-        file, name, arguments, weights = foreign.groups()
-        model = Foreign(build(Path(file), name, arguments or "()"), multiple)
-        load_matching(model.network, read_weights(Path(weights)), weights)
-        return model.requires_grad_(False).eval().to(device)
-    if not Path(spec).is_file():
-        raise ValueError(f"{spec}: no such file (a network is a .safetensors of this project or "
-                         "FILE.py:NAME@WEIGHTS)")
-    try:
-        with safe_open(spec, "pt") as file:
-            config = (file.metadata() or {}).get("restorer")
-            state = {k: file.get_tensor(k) for k in file.keys()}
-    except Exception as error:                             # safetensors raises private kinds
-        raise ValueError(f"{spec}: not a readable .safetensors ({first_line(error)})") from None
-    if config is None:
-        raise ValueError(f"{spec}: its metadata names no Restorer; give a network of your own as "
-                         "FILE.py:NAME@WEIGHTS")
-    model = Restorer(**json.loads(config))
-    load_matching(model, state, spec)
-    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-
-
-class Foreign(nn.Module):
-    """Somebody else's network: padded to the multiple it needs; of several outputs, the first."""
-
-    def __init__(self, network, multiple):
-        super().__init__()
-        self.network, self.multiple = network, multiple
-
-    def forward(self, image):
-        padded = pad_to_multiple(image, self.multiple).contiguous()
-        try:
-            output = self.network(padded)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:                         # it is anyone's code
-            raise ValueError(f"the teacher can't take {tuple(padded.shape)}: {first_line(error)} "
-                             "(does it need a larger --teacher-multiple?)") from error
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        shape = tuple(getattr(output, "shape", ()))
-        if shape != tuple(padded.shape):
-            raise ValueError(f"the teacher turns {tuple(padded.shape)} into {shape}: it must keep "
-                             "the shape (does it need another --teacher-multiple?)")
-        return output[..., :image.shape[-2], :image.shape[-1]]
-
-
-def build(file, name, arguments):
-    """FILE.py's NAME, called with keyword literals: '(a=1, b=[2, 3])'."""
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    try:
-        call = ast.parse(f"f{arguments}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError("name every argument")
-        keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}{arguments}: arguments must be keyword literals, as in "
-                         f"{name}(width=48) ({first_line(error)})") from None
-    spec = importlib.util.spec_from_file_location(f"_teacher_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    names, path = {p.stem for p in Path(__file__).parent.glob("*.py")}, list(sys.path)
-    ours = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
-    sys.modules[spec.name] = module                        # dataclasses look there
-    sys.path.insert(0, str(file.resolve().parent))         # for files that it imports beside it,
-    try:                                                   # `models` or `demo` among them
-        spec.loader.exec_module(module)
-        network = getattr(module, name)(**keywords)
-    except Exception as error:                             # it is anyone's code: say whose
-        raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
-                         f"{first_line(error)}") from error
-    finally:
-        sys.path[:] = path
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(ours)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{file}: {name} gives a {type(network).__name__}, not an nn.Module")
-    return network
-
-
-def read_weights(path):
-    """The state_dict in a .safetensors or torch file: plain, or under one of the usual keys."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        plain = path.suffix == ".safetensors"
-        state = load_file(path) if plain else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: it holds more than tensors and plain values, and code in a "
-                         "checkpoint is refused; save its state_dict alone "
-                         f"({first_line(error)})") from None
-    except Exception as error:                             # zip, pickle, safetensors: each its own
-        raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
-    for key in ("params_ema", "params", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = isinstance(state, dict) and {k: v for k, v in state.items() if torch.is_tensor(v)}
-    if not tensors:
-        raise ValueError(f"{path}: no state_dict in it")
-    return tensors
-
-
-def load_matching(model, state, source):
-    """Loads a state_dict whose keys may all carry a prefix ('module.', 'net.', ...).
-
-    Raises ValueError, with names, where keys are missing or left over, or shapes differ.
-    """
-    expected = model.state_dict()
-    first = next(iter(expected), "")
-    prefixes = {""} | {key[:-len(first)] for key in state if key.endswith("." + first)}
-    prefix = max(sorted(prefixes), key=lambda p: sum(p + key in state for key in expected))
-    state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-    shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}"
-              for k, v in expected.items() if k in state and state[k].shape != v.shape]
-    found = (("keys are missing", sorted(expected.keys() - state.keys())),
-             ("keys are unexpected", sorted(state.keys() - expected.keys())),
-             ("shapes differ", shapes))
-    problems = [f"{len(names)} {what}, such as {', '.join(names[:3])}"
-                for what, names in found if names]
-    if problems:
-        raise ValueError(f"{source}: its weights don't fit the network: {'; '.join(problems)}")
-    model.load_state_dict(state)
-
-
 # ---------------------------------------------------------------- a frozen Stable Diffusion
 
 @dataclass
 class StableDiffusion:
-    """A frozen Stable Diffusion 1.x or 2.x. Images are in [0,1] outside and in [-1,1] inside:
-    converted here and nowhere else."""
+    """A frozen Stable Diffusion 1.x or 2.x. Images are in [0,1] here and in [-1,1] inside the VAE;
+    `encode` and `decode` convert."""
     vae: nn.Module
     unet: nn.Module
     text_encoder: nn.Module
     tokenizer: object
-    prediction_type: str                # what eps_theta predicts: 'epsilon' or 'v_prediction'
-    alphas_cumprod: torch.Tensor        # (T,) float32 on the CPU: abar_t, the model's own
+    prediction_type: str                # what the U-Net predicts: 'epsilon' or 'v_prediction'
+    alphas_cumprod: torch.Tensor        # (T,) float32 on the CPU: abar_t of the model's schedule
     device: torch.device
     dtype: torch.dtype
 
     @property
     def width(self):
-        """d, the U-Net's cross-attention width: channels of a prompt token."""
+        """d, the U-Net's cross-attention width: channels per prompt token."""
         return self.unet.config.cross_attention_dim
 
     @property
     def factor(self):
-        """f: px of the image to one latent."""
+        """f, the VAE's downsampling factor: px per latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def size(self):
-        """px: the side of the square images that the model was trained on."""
+        """Side of the square training images, px."""
         return self.unet.config.sample_size * self.factor
 
     @torch.no_grad()
     def encode(self, image):
-        """image (B,3,H,W) in [0,1] to latents (B,C,H/f,W/f) float32: the posterior's mean, scaled
-        by the VAE's own config. Raises ValueError where H or W is no multiple of f."""
+        """image (B,3,H,W) in [0,1] to latents (B,C,H/f,W/f), float32: the posterior's mean, scaled
+        by the VAE's config. Raises ValueError if H or W is not a multiple of f."""
         if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, "
                              f"not {tuple(image.shape[-2:])}")
@@ -320,20 +182,21 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents):
-        """latents (B,C,h,w) to image (B,3,f h,f w) float32, clamped to [0,1]."""
+        """latents (B,C,h,w) to image (B,3,f h,f w), float32, clamped to [0,1]."""
         z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
         z = z.to(self.device, self.dtype, memory_format=torch.channels_last)
         return ((self.vae.decode(z).sample.float() + 1) / 2).clamp(0, 1)
 
     def predict_noise(self, z_t, t, prompts):
-        """eps_theta: z_t (B,C,h,w), t int or (B,), prompts (B,N,d) to (B,C,h,w) float32.
-        Differentiable in the prompts."""
+        """eps_theta: z_t (B,C,h,w), t int or (B,), prompts (B,N,d) to (B,C,h,w), float32.
+        Differentiable with respect to the prompts."""
         z_t = z_t.to(self.device, self.dtype, memory_format=torch.channels_last)
         return self.unet(z_t, t, prompts.to(self.device, self.dtype)).sample.float()
 
     @torch.no_grad()
     def text_prompt(self, text, tokens=None):
-        """A text, or a list of B, to prompts (B,tokens,d) float32; all tokens by default."""
+        """A text or a list of B texts to prompts (B,tokens,d), float32. tokens: 2 up to the text
+        encoder's maximum, which is the default; ValueError outside this range."""
         limit = self.text_encoder.config.max_position_embeddings
         if not 2 <= (tokens or limit) <= limit:
             raise ValueError(f"this Stable Diffusion takes 2 to {limit} tokens, not {tokens}")
@@ -342,50 +205,255 @@ class StableDiffusion:
         return self.text_encoder(ids.input_ids.to(self.device)).last_hidden_state.float()
 
     def null_prompt(self, tokens=None):
-        """The empty text's prompt (1,tokens,d), as diffusers' pipelines make it for guidance."""
+        """The empty text's prompt (1,tokens,d), as in diffusers' classifier-free guidance."""
         return self.text_prompt("", tokens)
 
 
 def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
-    """Loads SD 1.x or 2.x from a folder in diffusers' layout or from a hub id, and freezes it.
+    """Loads and freezes SD 1.x or 2.x from a diffusers folder or a hub id.
 
-    Raises ValueError for what is no such model: parts missing, SDXL, an inpainting U-Net.
+    Raises ValueError if a part is missing or the model is of another kind (SDXL, inpainting).
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-    where, parts, options = str(path_or_id), {}, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    for name, kind in kinds.items():
-        reason = None                                      # the first one, without a variant
-        for variant in (None, "fp16"):                     # some hold half-precision files alone
-            try:
-                part = kind.from_pretrained(where, subfolder=name, variant=variant, **options)
-                parts[name] = part.requires_grad_(False).eval().to(device)
-                break
-            except Exception as error:                     # missing, broken, of another kind
-                reason = reason or first_line(error)
-        else:
-            raise ValueError(f"{where}: no Stable Diffusion 1.x or 2.x in diffusers' layout; its "
-                             f"{name} can't be loaded: {reason}")
+    source, options = str(path_or_id), dict(torch_dtype=dtype, low_cpu_mem_usage=False)
+    unet = load_part(UNet2DConditionModel, source, "unet", **options)
+    vae = load_part(AutoencoderKL, source, "vae", **options)
+    text_encoder = load_part(CLIPTextModel, source, "text_encoder", **options)
+    tokenizer = load_part(CLIPTokenizer, source, "tokenizer")
+    scheduler = load_part(DDIMScheduler, source, "scheduler")
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(f"{source}: the U-Net takes {unet.config.in_channels} channels, but the "
+                         f"VAE has {vae.config.latent_channels} (an inpainting model?); plain SD "
+                         "1.x or 2.x is needed")
+    # "text": the U-Net also pools the prompt tokens; this needs no further input.
+    conditioned_on_text = unet.config.addition_embed_type in (None, "text")
+    same_width = unet.config.cross_attention_dim == text_encoder.config.hidden_size
+    if not (conditioned_on_text and same_width):
+        raise ValueError(f"{source}: the U-Net needs other conditioning than the text encoder's "
+                         "tokens (SDXL?); SD 1.x or 2.x is needed")
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{source}: prediction type {prediction_type!r} is not supported; it must "
+                         "be 'epsilon' or 'v_prediction'")
+    for network in (unet, vae, text_encoder):
+        network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return StableDiffusion(vae, unet, text_encoder, tokenizer, prediction_type,
+                           scheduler.alphas_cumprod.clamp(min=2 ** -24),   # no division by 0
+                           torch.device(device), dtype)
+
+
+def load_part(kind, source, name, **options):
+    """Loads one part of a Stable Diffusion; ValueError if it is missing, broken or of another
+    kind. Some repositories have fp16 files only."""
+    failure = None
+    for variant in ({}, {"variant": "fp16"}):
+        try:
+            return kind.from_pretrained(source, subfolder=name, **options, **variant)
+        except Exception as error:                         # many exception types
+            failure = failure or error
+    raise ValueError(f"{source}: no Stable Diffusion 1.x or 2.x in diffusers' layout: {name} "
+                     f"cannot be loaded: {first_line(failure)}")
+
+
+# ---------------------------------------------------------------- loading, saving, exporting
+
+def load_restorer(spec, device="cpu", multiple=1):
+    """Loads a frozen restoration network in eval mode: (B,3,H,W) in [0,1] to the same shape.
+
+    spec: a `.safetensors` file written by `save_restorer`, or `FILE.py:NAME@WEIGHTS`. NAME is a
+      class or function in FILE.py that returns an nn.Module; keyword literals may follow, as in
+      `NAME(width=48, blocks=[4, 6])`. WEIGHTS is a state_dict, plain or wrapped in the usual ways.
+    multiple: the input of a FILE.py network is padded to a multiple of this, px.
+    Raises ValueError if a file or name is missing, unreadable, or does not match the network.
+    """
+    foreign = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(\(.*\))?@(.+)", str(spec))
+    if foreign:
+        file, name, arguments, weights = foreign.groups()
+        network = build_network(Path(file), name, arguments or "()")
+        load_matching(network, read_weights(Path(weights)), weights)
+        return ForeignRestorer(network, multiple).requires_grad_(False).eval().to(device)
+    path = Path(spec)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: not a readable network; it must be a .safetensors file of this "
+                         "project or FILE.py:NAME@WEIGHTS")
+    state = read_weights(path)
+    with safe_open(path, "pt") as file:
+        config = (file.metadata() or {}).get("restorer")
+    if config is None:
+        raise ValueError(f"{path}: no Restorer in its metadata; load a network of your own as "
+                         "FILE.py:NAME@WEIGHTS")
+    model = Restorer(**json.loads(config))
+    load_matching(model, state, path)
+    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def save_restorer(model, path):
+    """Writes a Restorer as fp16 safetensors, with its architecture in the metadata."""
+    state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, f"{path}.tmp", metadata={"restorer": json.dumps(model.config)})
+    os.replace(f"{path}.tmp", path)
+
+
+def export_restorer(model, folder):
+    """Writes folder/student.pt2 (torch.export) and, if the packages onnx and onnxscript are
+    installed, folder/student.onnx. Returns the list of written paths.
+
+    model: a Restorer in eval mode, on the CPU.
+    The exported programs take (1,3,H,W) in [0,1], H and W multiples of `model.multiple` and at
+    least twice that: the caller pads, because torch.export cannot trace a padding that may be 0.
+    """
+    folder, m = Path(folder), model.multiple
+    example = torch.rand(1, 3, 5 * m, 6 * m)
+    sizes = {2: m * torch.export.Dim("rows", min=2, max=1024),
+             3: m * torch.export.Dim("columns", min=2, max=1024)}
+    program = torch.export.export(model, (example,), dynamic_shapes={"image": sizes})
+    torch.export.save(program, folder / "student.tmp.pt2")
+    os.replace(folder / "student.tmp.pt2", folder / "student.pt2")
+    if not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
+        return [folder / "student.pt2"]
+    torch.onnx.export(program, (), folder / "student.tmp.onnx", dynamo=True, external_data=False,
+                      input_names=["image"], output_names=["restored"], verbose=False)
+    os.replace(folder / "student.tmp.onnx", folder / "student.onnx")
+    return [folder / "student.pt2", folder / "student.onnx"]
+
+
+# ---------------------------------------------------------------- teachers of other projects
+
+class ForeignRestorer(nn.Module):
+    """Another project's network. Pads its input to a multiple; keeps the first of several outputs.
+
+    Raises ValueError if the network fails or changes the image's shape.
+    """
+
+    def __init__(self, network, multiple):
+        super().__init__()
+        self.network, self.multiple = network, multiple
+
+    def forward(self, image):
+        padded = pad_to_multiple(image, self.multiple).contiguous()
+        shape = tuple(padded.shape)
+        try:
+            output = self.network(padded)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                         # third-party code may raise anything
+            raise ValueError(f"the teacher fails on an input of shape {shape}: {first_line(error)} "
+                             "(does it need a larger --teacher-multiple?)") from error
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        new_shape = tuple(getattr(output, "shape", ()))
+        if new_shape != shape:
+            raise ValueError(f"the teacher maps {shape} to {new_shape}; it must keep the shape "
+                             "(does it need another --teacher-multiple?)")
+        return output[..., :image.shape[-2], :image.shape[-1]]
+
+
+def build_network(file, name, arguments):
+    """Imports FILE.py and calls its NAME with keyword literals such as '(a=1, b=[2, 3])'."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    keywords = parse_keywords(name, arguments)
+    spec = importlib.util.spec_from_file_location(f"_teacher_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                        # dataclasses look their module up there
     try:
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer")
-        scheduler = DDIMScheduler.from_pretrained(where, subfolder="scheduler")
-    except Exception as error:
-        raise ValueError(f"{where}: its tokenizer or scheduler can't be loaded: "
-                         f"{first_line(error)}") from None
-    unet, vae, text = (parts[name].config for name in kinds)
-    if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"{where}: its U-Net takes {unet.in_channels} channels and its VAE makes "
-                         f"{vae.latent_channels} (inpainting?); plain SD 1.x or 2.x is needed")
-    own = unet.addition_embed_type in (None, "text")       # "text": it reads its prompt twice
-    if not own or unet.cross_attention_dim != text.hidden_size:
-        raise ValueError(f"{where}: its U-Net reads other tokens than its text encoder makes "
-                         "(SDXL?); SD 1.x or 2.x is needed")
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{where}: its U-Net predicts {scheduler.config.prediction_type!r}, which "
-                         "is not supported")
-    for name in ("unet", "vae"):
-        parts[name].to(memory_format=torch.channels_last)
-    return StableDiffusion(**parts, prediction_type=scheduler.config.prediction_type,
-                           alphas_cumprod=scheduler.alphas_cumprod.clamp(min=2 ** -24),
-                           device=torch.device(device), dtype=dtype)
+        with import_first_from(file.resolve().parent):
+            spec.loader.exec_module(module)
+            network = getattr(module, name)(**keywords)
+    except Exception as error:                             # third-party code may raise anything
+        raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
+                         f"{first_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{file}: {name} returned a {type(network).__name__}, not an nn.Module")
+    return network
+
+
+def parse_keywords(name, arguments):
+    """'(a=1, b=[2, 3])' to {"a": 1, "b": [2, 3]}; ValueError for anything but keyword literals."""
+    try:
+        call = ast.parse(f"{name}{arguments}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(k.arg for k in call.keywords):
+            raise ValueError("every argument needs a name")
+        return {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}{arguments}: arguments must be keyword literals, as in "
+                         f"{name}(width=48) ({first_line(error)})") from None
+
+
+@contextmanager
+def import_first_from(folder):
+    """Imports inside the block look in `folder` first.
+
+    Other projects often have a `models.py` or a `demo` of their own; as long as ours is in
+    sys.modules, `import models` in a teacher's file would return ours. So ours are set aside.
+    """
+    path, ours = list(sys.path), remove_own_modules()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        remove_own_modules()                               # the teacher's modules of these names
+        sys.modules.update(ours)
+        sys.path[:] = path
+
+
+def remove_own_modules():
+    """Removes the modules named like this project's from sys.modules; returns {name: module}."""
+    own = {path.stem for path in Path(__file__).resolve().parent.iterdir()}
+    names = [name for name in sys.modules if name.partition(".")[0] in own]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def read_weights(path):
+    """The state_dict in a .safetensors or torch file, plain or below one of the usual keys."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        is_safetensors = path.suffix == ".safetensors"
+        state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: refused, because it holds more than tensors and plain values, "
+                         "and reading it could run code; save its state_dict alone "
+                         f"({first_line(error)})") from None
+    except Exception as error:                             # zip, pickle and safetensors errors
+        raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+    for key in ("params_ema", "params", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    entries = state.items() if isinstance(state, dict) else ()
+    tensors = {str(key): value for key, value in entries if torch.is_tensor(value)}
+    if not tensors:
+        raise ValueError(f"{path}: no state_dict in it")
+    return tensors
+
+
+def load_matching(model, state, source):
+    """Loads a state_dict whose keys may share a prefix ('module.', 'net.', ...).
+
+    Raises ValueError, with names, if keys are missing or left over, or if a shape differs.
+    """
+    prefix = find_prefix(state, model.state_dict())
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:                          # its second line names the first shape
+        raise ValueError(f"{source}: the weights do not match the network: "
+                         f"{str(error).splitlines()[1].strip()}") from None
+    if missing or unexpected:
+        raise ValueError(f"{source}: the weights do not match the network: {len(missing)} missing "
+                         f"keys {missing[:3]}, {len(unexpected)} unexpected keys {unexpected[:3]}")
+
+
+def find_prefix(state, expected):
+    """The prefix under which `state` has the most of the expected keys; '' if there is none."""
+    first = next(iter(expected), "")
+    prefixes = {key.removesuffix(first) for key in state if key.endswith("." + first)}
+    matches = {prefix: sum(prefix + key in state for key in expected)
+               for prefix in ["", *sorted(prefixes)]}
+    return max(matches, key=matches.get)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,230 +1,306 @@
-"""CCD, content-driven conditional diffusion: clean photos into new degraded ones.
+"""CCD, content-driven conditional diffusion: synthesizes degraded photos from clean ones.
 
-symbol   code       shape, range
-x_c      clean      (B,3,H,W) in [0,1], a photo in good weather
-P        prompts    (B,N,d) = A(x_d): the weather of a photo x_d, unpaired with x_c
-P_-      negative   (1,N,d), a text's prompt: what guidance leads away from
-z_0      latents    (B,C,h,w) = E(x_c)
-t_s      start      strength * T in 1..T, how many noise levels up the content goes
-abar_t   abar       scalar, the model's own cumulative noise schedule
-eps      noise      (B,C,h,w), standard normal
-w        guidance   1: none (Ho and Salimans 2022)
-x        image      (B,3,H,W) in [0,1], the synthesized photo
+    z_0  = E(x_c)                                                encode the clean photo
+    z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps             perturb
+    z_0' = solve from t_s to 0 with eps_theta(z_t, t, P)         denoise, conditioned on P = A(x_d)
+    x    = D(z_0')                                               decode
 
-    perturb   z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps
-    denoise   z_ts -> z_w in `steps` calls of the U-Net, each eps_- + w (eps_P - eps_-)
-    anchor    x = D(z_w) + a (x_c - D(z_-)): z_- from the same z_ts with the negative prompt alone
-    veil      x = a x_c + b instead, a and b smooth: what D(z_w) is of D(z_-); z_w then starts
-              from the latents of x_c made as bright as x_d
+symbol   in code     shape, range
+x_c      clean       (B,3,H,W) in [0,1], a photo in good weather: the content
+P        prompts     (B,N,d), prompts of a degraded photo x_d, unpaired with x_c: the degradation
+z_t      z           (B,C,h,w), latents at noise level t
+t_s      timesteps   [t_s, ..., t_1], in 0..T-1; t_s is about strength * T
+abar_t   abar        (T,), cumulative noise schedule of the Stable Diffusion
+eps      noise       (B,C,h,w), standard normal
+w        guidance    classifier-free guidance: eps_- + w (eps_P - eps_-) (Ho and Salimans 2022)
+x        (returned)  (B,3,H,W) in [0,1], the synthesized photo
 
-The content comes from x_c, the weather from x_d. Negative prompt and anchor are our choice. At the
-strength that weather needs, fine content drowns in the noise and is made up anew, in z_w and z_-
-alike; a is how much of the contrast the weather leaves at each place (haze: its transmission). What
-D(z_w) shows beyond a D(z_-) + b is streaks and flakes, but in haze it is made-up content. And haze
-is bright, but what is left of x_c at the highest noise level is its brightness, which would stay.
+`synthesize` is the paper's method. The additions below it are ours.
 """
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
-
-SCHEDULERS = {"ddim": partial(DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
-              "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
 @dataclass
 class SynthConfig:
-    """CCD, the synthesis. All values are our choice; the paper's are not known to us."""
-    images: int = 256           # images to synthesize
-    batch: int = 16             # images at a time
-    size: int = 0               # px, their side; 0: the Stable Diffusion's own
-    strength: float = 0.95      # t_s / T in (0,1]: how much content is given up for the weather
-    steps: int = 10             # steps of the solver, whatever the strength
-    guidance: float = 3.5       # w; 1: none; 8 for dehaze
-    guidance_from: float = 0.0  # guidance acts on timesteps from this part of T on ...
-    guidance_to: float = 1.0    # ... to this one (Kynkaanniemi et al. 2024)
-    negative_prompt: str = "a photo in clear weather"   # a text that guidance leads away from
-    scheduler: str = "dpm"      # ddim, dpm (DPM-Solver++) or unipc; diffusers' own
-    anchor: bool = True         # the clean photo's own fine content, at half the cost again
-    veil: bool = False          # the weather has no shape of its own: x = a x_c + b; on for dehaze
+    """CCD settings. All values are our choice, for Stable Diffusion 1.x/2.x; not measured on it."""
+    images: int = 4000          # number of images to synthesize
+    batch: int = 16             # images per batch; guidance doubles the U-Net's batch
+    size: int = 0               # px, side of the images; 0: the size of the Stable Diffusion
+    strength: float = 0.6       # t_s / T in (0,1]: how much content is given up for the degradation
+    steps: int = 20             # U-Net evaluations, at any strength
+    guidance: float = 7.0       # w; 1: no guidance
+    scheduler: str = "dpm"      # ODE solver: ddim, or dpm for DPM-Solver++(2M)
+    negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
+    anchor: bool = False        # addition: restore the clean photo's fine detail; 2 trajectories
+    veil: bool = False          # addition: keep only smooth changes (haze); 2 trajectories
+
+    ADDITIONS = {"negative_prompt": "", "anchor": False, "veil": False}     # and their off values
+
+    def __post_init__(self):
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], not {self.strength}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, not {self.guidance}")
+        if self.scheduler not in SOLVERS:
+            raise ValueError(f"scheduler must be one of {', '.join(SOLVERS)}, "
+                             f"not {self.scheduler!r}")
+        if self.anchor and self.veil:
+            raise ValueError("anchor and veil are alternatives: switch one of them off")
+
+    def active_additions(self):
+        """Names of the additions that are switched on."""
+        return [name for name, off in self.ADDITIONS.items() if getattr(self, name) != off]
 
 
-def start_timestep(sd, strength, steps):
-    """t_s = strength * T, to the nearest multiple of `steps`: all steps are of one length.
+# ---------------------------------------------------------------- the paper's method
 
-    Raises ValueError where strength is not in (0,1], or more steps than noise levels are asked for.
+@torch.no_grad()
+def synthesize(clean, prompts, sd, config, generator=None):
+    """CCD: degraded photos (B,3,H,W) in [0,1]: content from `clean`, degradation from `prompts`.
+
+    clean: (B,3,H,W) in [0,1]; H and W must be multiples of 8 f for Stable Diffusion.
+    prompts: (B,N,d). sd: a models.StableDiffusion. generator: torch.Generator of the noise.
+    Raises ValueError for a size, a batch or a number of steps that does not fit.
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1], not {strength}")
-    total = len(sd.alphas_cumprod)
-    if not 1 <= steps <= round(strength * total):
-        raise ValueError(f"steps must lie in 1..{round(strength * total)} at strength {strength}, "
-                         f"not {steps}")
-    return steps * min(round(strength * total / steps), total // steps)
+    timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
+    z_0 = sd.encode(clean)                                                      # (B,C,h,w)
+    noise = randn_tensor(z_0.shape, generator, z_0.device)
+    z = perturb(z_0, noise, sd, timesteps[0])
+    z = denoise(z, prompts, sd, timesteps, config.guidance, scheduler=config.scheduler)
+    return sd.decode(z)
 
 
-def perturb(latents, noise, sd, start):
-    """z_ts = sqrt(abar_ts) z_0 + sqrt(1 - abar_ts) eps. latents, noise: (B,C,h,w)."""
-    abar = float(sd.alphas_cumprod[start - 1])
-    return abar ** 0.5 * latents + (1 - abar) ** 0.5 * noise
+def perturb(z_0, noise, sd, t):
+    """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps. z_0, noise: (B,C,h,w). t: int in 0..T-1."""
+    alpha, sigma = alpha_sigma(sd.alphas_cumprod, t)
+    return alpha * z_0 + sigma * noise
 
 
 @torch.no_grad()
-def denoise(z, prompts, sd, start, *, steps, guidance=1, negative=None, interval=(0.0, 1.0),
-            scheduler=SynthConfig.scheduler):
-    """From z_ts (B,C,h,w) to z_w, conditioned on prompts (B,N,d), in exactly `steps` U-Net calls.
+def denoise(z, prompts, sd, timesteps, guidance=1.0, negative=None, scheduler="dpm"):
+    """z_ts (B,C,h,w) to z_0' (B,C,h,w), in exactly len(timesteps) U-Net evaluations.
 
-    Where guidance acts, on timesteps in interval * T, a call holds 2B latents, and leads away from
-    negative (1,N,d), the null prompt by default.
+    prompts: (B,N,d). timesteps: decreasing ints, of equal spacing. guidance: w; 1 for none.
+    negative: (1,N,d), what guidance leads away from; the null prompt if None.
     """
-    solver = few_step_solver(sd, start, steps, scheduler)
+    if len(z) != len(prompts):
+        raise ValueError(f"{len(z)} clean photos but {len(prompts)} prompts")
     if guidance != 1:
         negative = sd.null_prompt(prompts.shape[1]) if negative is None else negative
-        pairs = torch.cat([negative.expand_as(prompts), prompts])                   # (2B,N,d)
-    low, high = (part * len(sd.alphas_cumprod) for part in interval)
-    for t in solver.timesteps.tolist():                    # Python ints: no waiting
-        if guidance != 1 and low <= t <= high:
-            away, towards = sd.predict_noise(z.repeat(2, 1, 1, 1), t, pairs).chunk(2)
-            predicted = away + guidance * (towards - away)
+        both = torch.cat([negative.expand_as(prompts), prompts])                # (2B,N,d)
+
+    def model(z, t):
+        """Estimates of z_0 and eps at (z_t, t), after guidance."""
+        if guidance == 1:
+            output = sd.predict_noise(z, t, prompts)
         else:
-            predicted = sd.predict_noise(z, t, prompts)
-        z = solver.step(predicted, t, z).prev_sample
+            away, towards = sd.predict_noise(torch.cat([z, z]), t, both).chunk(2)
+            output = away + guidance * (towards - away)
+        alpha, sigma = alpha_sigma(sd.alphas_cumprod, t)
+        if sd.prediction_type == "epsilon":
+            return (z - sigma * output) / alpha, output
+        return alpha * z - sigma * output, alpha * output + sigma * z           # v-prediction
+
+    return SOLVERS[scheduler](model, z, timesteps, sd.alphas_cumprod)
+
+
+def ddim(model, z, timesteps, abar):
+    """DDIM with eta = 0 (Song et al. 2021). model: (z_t, t) -> estimates of z_0 and eps."""
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
+        z_0, eps = model(z, t)
+        alpha, sigma = alpha_sigma(abar, t_next)
+        z = alpha * z_0 + sigma * eps
     return z
 
 
-def few_step_solver(sd, start, steps, scheduler):
-    """One of diffusers' schedulers, for `steps` steps from t_s to 0 of the model's own schedule.
+def dpm_solver(model, z, timesteps, abar):
+    """DPM-Solver++(2M) (Lu et al. 2022): second order; its first and last steps are first order.
 
-    The schedule is cut off at t_s: so a low strength takes as many steps as a high one, where the
-    usual img2img would drop most of them.
+    model: (z_t, t) -> estimates of z_0 and eps. With lambda_t = log(alpha_t / sigma_t):
+    z_next = sigma_next / sigma z - alpha_next (exp(-h) - 1) D,    h = lambda_next - lambda
+    D = z_0 + h / (2 h_last) (z_0 - z_0_last)
     """
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {scheduler!r}")
-    abar = sd.alphas_cumprod[:start].double()
-    betas = 1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
-    solver = SCHEDULERS[scheduler](num_train_timesteps=start, trained_betas=betas.numpy(),
-                                   prediction_type=sd.prediction_type, timestep_spacing="trailing")
-    solver.set_timesteps(steps)
-    return solver
+    z_0_last, h_last = None, None
+    for t, t_next in zip(timesteps, timesteps[1:]):
+        z_0, _ = model(z, t)
+        (alpha, sigma), (alpha_next, sigma_next) = (alpha_sigma(abar, s) for s in (t, t_next))
+        h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
+        d = z_0 if z_0_last is None else z_0 + h / (2 * h_last) * (z_0 - z_0_last)
+        z = sigma_next / sigma * z - alpha_next * math.expm1(-h) * d
+        z_0_last, h_last = z_0, h
+    return model(z, timesteps[-1])[0]                       # the step to sigma = 0
 
+
+SOLVERS = {"ddim": ddim, "dpm": dpm_solver}
+
+
+def alpha_sigma(abar, t):
+    """sqrt(abar_t) and sqrt(1 - abar_t) as floats (no GPU sync); t = -1, the clean end: 1 and 0."""
+    a = float(abar[t]) if t >= 0 else 1.0
+    return a ** 0.5, (1 - a) ** 0.5
+
+
+def choose_timesteps(total, strength, steps):
+    """`steps` timesteps [t_s, ..., t_1] of equal spacing, down from t_s = strength * total.
+
+    The spacing divides t_s + 1, so that the last step ends at -1, the clean image. Schedulers in
+    diffusers drop steps at low strength instead.
+    Raises ValueError if there are more steps than noise levels below t_s.
+    """
+    if not 1 <= steps <= round(strength * total):
+        raise ValueError(f"steps must be in 1..{round(strength * total)} at strength {strength}, "
+                         f"not {steps}")
+    spacing = min(round(strength * total / steps), total // steps)
+    return [spacing * i - 1 for i in range(steps, 0, -1)]
+
+
+# ---------------------------------------------------------------- Additions (ours)
 
 @torch.no_grad()
-def synthesize(clean, prompts, sd, *, strength, steps, guidance=SynthConfig.guidance,
-               generator=None, scheduler=SynthConfig.scheduler, interval=(0.0, 1.0),
-               negative_prompt=SynthConfig.negative_prompt, anchor=SynthConfig.anchor,
-               veil=SynthConfig.veil, brightness=None):
-    """CCD: new degraded photos (B,3,H,W) in [0,1] from clean ones and prompts.
+def synthesize_with_additions(clean, prompts, sd, config, generator=None, degraded=None):
+    """`synthesize` with a negative prompt, and with the anchor or the veil. Same shapes and errors.
 
-    clean: (B,3,H,W) in [0,1], H and W multiples of what the U-Net needs (8 f for SD).
-    prompts: (B,N,d). generator: of the noise, on any device. brightness: (B,) in [0,1], the mean of
-    each x_d, for a veil; clean's own if None. The others: see SynthConfig.
-    Raises ValueError for what doesn't fit.
+    degraded: (B,3,H,W) in [0,1], the photos behind `prompts`; the veil takes their brightness.
+
+    Strong weather needs a high strength, at which fine content is lost in noise. Anchor and veil
+    get it back from a second trajectory with the same noise, denoised with the negative prompt
+    alone, to `plain` = D(z_-): it has lost the same detail and shows no weather.
     """
-    if len(clean) != len(prompts):
-        raise ValueError(f"{len(clean)} clean photos but {len(prompts)} prompts")
-    start = start_timestep(sd, strength, steps)
+    timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
+    negative = sd.text_prompt(config.negative_prompt, prompts.shape[1])         # (1,N,d)
     clean = clean.to(sd.device)
-    latents = sd.encode(clean)
-    device = generator.device if generator is not None else sd.device
-    noise = torch.randn(latents.shape, generator=generator, device=device).to(sd.device)
-    z = lit = perturb(latents, noise, sd, start)           # lit: as bright as x_d
-    if veil and brightness is not None:
-        brighter = brightness.to(sd.device).view(-1, 1, 1, 1) - clean.mean((1, 2, 3), keepdim=True)
-        lit = perturb(sd.encode((clean + brighter).clamp(0, 1)), noise, sd, start)
-    negative = sd.text_prompt(negative_prompt, prompts.shape[1])
-    image = sd.decode(denoise(lit, prompts, sd, start, steps=steps, guidance=guidance,
-                              negative=negative, interval=interval, scheduler=scheduler))
-    if anchor or veil:
-        plain = sd.decode(denoise(z, negative.expand_as(prompts), sd, start, steps=steps,
-                                  scheduler=scheduler))
-        a, b = local_fit(plain, image)
-        if veil:
-            image = mean_around(a) * clean + mean_around(b)
-        else:
-            image = image + a * (clean - plain)
-    return image.clamp(0, 1)
+    z_0 = sd.encode(clean)
+    noise = randn_tensor(z_0.shape, generator, z_0.device)
+    z_plain = z_weather = perturb(z_0, noise, sd, timesteps[0])
+    if config.veil and degraded is not None:
+        brighter = match_brightness(clean, degraded.to(sd.device))
+        z_weather = perturb(sd.encode(brighter), noise, sd, timesteps[0])
+    image = sd.decode(denoise(z_weather, prompts, sd, timesteps, config.guidance, negative,
+                              config.scheduler))
+    if not (config.anchor or config.veil):
+        return image
+    plain = sd.decode(denoise(z_plain, negative.expand_as(prompts), sd, timesteps,
+                              scheduler=config.scheduler))
+    return add_anchor(image, plain, clean) if config.anchor else add_veil(image, plain, clean)
 
 
-def local_fit(plain, image):
-    """a, b of image = a plain + b around each pixel, by least squares, a of all channels together.
+def add_anchor(image, plain, clean):
+    """Anchor: x = D(z_P) + a (x_c - D(z_-)). Adds back the detail that both trajectories lost.
 
-    plain, image: (B,3,H,W) to a (B,1,H,W) in [0,1], the contrast that is left, and b (B,3,H,W).
-    The guided filter's model (He et al. 2010); a is 1 where all is flat.
+    image = D(z_P), plain = D(z_-), clean: (B,3,H,W) in [0,1]. Returns the same shape and range.
+    a in [0,1] is the contrast that the weather leaves at each pixel: little in dense haze.
     """
-    mean_plain, mean_image = mean_around(plain), mean_around(image)
-    covariance = (mean_around(plain * image) - mean_plain * mean_image).sum(1, keepdim=True)
-    variance = (mean_around(plain * plain) - mean_plain ** 2).sum(1, keepdim=True)
-    flat = 3e-4                                            # a variance that tells nothing
-    a = ((covariance + flat) / (variance + flat)).clamp(0, 1)
+    a, _ = fit_locally(image, plain)
+    return (image + a * (clean - plain)).clamp(0, 1)
+
+
+def add_veil(image, plain, clean):
+    """Veil: x = a x_c + b with smooth a, b, such that D(z_P) is about a D(z_-) + b.
+
+    Shapes as in `add_anchor`. Haze has no shape of its own (Koschmieder's law is of this form), so
+    any other difference between the trajectories is content that the U-Net invented.
+    """
+    a, b = fit_locally(image, plain)
+    return (box_mean(a) * clean + box_mean(b)).clamp(0, 1)
+
+
+def match_brightness(clean, degraded):
+    """Shifts each clean photo (B,3,H,W) to the mean brightness of its degraded photo: haze is
+    bright, and brightness survives even the highest noise level, so the U-Net cannot add it."""
+    shift = degraded.mean((1, 2, 3), keepdim=True) - clean.mean((1, 2, 3), keepdim=True)
+    return (clean + shift).clamp(0, 1)
+
+
+def fit_locally(image, plain):
+    """Least-squares a, b of image = a plain + b around each pixel (guided filter, He et al. 2010).
+
+    image, plain: (B,3,H,W). Returns a (B,1,H,W) in [0,1], shared by the channels, and b (B,3,H,W).
+    """
+    mean_plain, mean_image = box_mean(plain), box_mean(image)
+    covariance = (box_mean(plain * image) - mean_plain * mean_image).sum(1, keepdim=True)
+    variance = (box_mean(plain * plain) - mean_plain ** 2).sum(1, keepdim=True)
+    eps = 3e-4                                              # where all is flat, a is 1
+    a = ((covariance + eps) / (variance + eps)).clamp(0, 1)
     return a, mean_image - a * mean_plain
 
 
-def mean_around(x):
-    """The mean over 17x17 px around each pixel: (B,C,H,W) to the same."""
+def box_mean(x):
+    """Mean over 17x17 px around each pixel: (B,C,H,W) to the same."""
     return F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)
 
 
-def draw(photos, size, seed, index, which):
-    """The crop (3,size,size) in [0,1] that image `index` is made from: the same at every call."""
-    rng = np.random.default_rng([seed, index, which])
-    photo = photos[rng.integers(len(photos))]
-    y, x = (int(rng.integers(n - size + 1)) for n in photo.shape[-2:])
-    return photo[:, y:y + size, x:x + size] / 255
+# ---------------------------------------------------------------- folders of images
+
+def draw_crops(photos, size, seed, indices, stream):
+    """Random crops (B,3,size,size) in [0,1] for the images of these indices; the same every time.
+
+    photos: list of (3,H,W) uint8. stream: 0 for clean photos, 1 for degraded ones.
+    """
+    crops = []
+    for index in indices:
+        rng = np.random.default_rng([seed, index, stream])
+        photo = photos[rng.integers(len(photos))]
+        y, x = (int(rng.integers(n - size + 1)) for n in photo.shape[-2:])
+        crops.append(photo[:, y:y + size, x:x + size] / 255)
+    return torch.stack(crops)
 
 
-def inputs(clean_photos, degraded_photos, size, seed, indices):
-    """The crops x_c and x_d (B,3,size,size) in [0,1] that these images are made from."""
-    return (torch.stack([draw(photos, size, seed, i, which) for i in indices])
-            for which, photos in enumerate((clean_photos, degraded_photos)))
+@torch.no_grad()
+def synthesize_pairs(clean, degraded, adapter, sd, config, generator=None):
+    """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1]."""
+    prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
+    if config.active_additions():
+        return synthesize_with_additions(clean, prompts, sd, config, generator, degraded)
+    return synthesize(clean, prompts, sd, config, generator)
 
 
 def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder, *, seed=0,
                       rank=0, ranks=1):
-    """Writes `config.images` synthesized photos to folder/000000.png ...; batches there stay.
+    """Writes `config.images` synthesized photos to folder/000000.png ...; keeps finished batches.
 
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
-    Of several processes, each makes every `ranks`-th batch.
+    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d).
+    Process `rank` of `ranks` makes every `ranks`-th batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    size, options = config.size or sd.size, dict(
-        strength=config.strength, steps=config.steps, guidance=config.guidance,
-        scheduler=config.scheduler, interval=(config.guidance_from, config.guidance_to),
-        negative_prompt=config.negative_prompt, anchor=config.anchor, veil=config.veil)
-    path = lambda i: folder / f"{i:06d}.png"
-    first = range(0, config.images, config.batch)[rank::ranks]
-    groups = [range(i, min(i + config.batch, config.images)) for i in first]
-    groups = [group for group in groups if not all(path(i).exists() for i in group)]
-    bar = tqdm(total=sum(map(len, groups)), desc="synth   ", unit="image",
+    size, pending, path = config.size or sd.size, [], lambda i: folder / f"{i:06d}.png"
+    for first in range(rank * config.batch, config.images, ranks * config.batch):
+        indices = range(first, min(first + config.batch, config.images))
+        if not all(path(i).exists() for i in indices):
+            pending.append(indices)
+    bar = tqdm(total=sum(map(len, pending)), desc="synth", unit="image",
                disable=True if rank else None)
     writes = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for group in groups:
-            clean, degraded = inputs(clean_photos, degraded_photos, size, seed, group)
-            with torch.no_grad():
-                prompts = adapter(degraded.to(sd.device))
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + group[0])
-            images = synthesize(clean, prompts, sd, generator=generator,
-                                brightness=degraded.mean((1, 2, 3)), **options)
-            images = (images * 255).round().to(torch.uint8).cpu()
+        for indices in pending:
+            clean = draw_crops(clean_photos, size, seed, indices, 0)
+            degraded = draw_crops(degraded_photos, size, seed, indices, 1)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
+            images = synthesize_pairs(clean, degraded, adapter, sd, config, generator)
+            images = (images * 255).round().to(torch.uint8).cpu()               # GPU sync point
             for write in writes:
-                write.result()                             # a full disk is heard of here
-            writes = [threads.submit(write_png, x, path(i)) for i, x in zip(group, images)]
-            bar.update(len(group))
+                write.result()                              # re-raise write errors
+            writes = [threads.submit(write_png, image, path(i))
+                      for i, image in zip(indices, images)]
+            bar.update(len(indices))
             if bar.disable and not rank:
-                print(f"synth    {group[-1] + 1:6d}/{config.images}", flush=True)
+                print(f"synth    {indices[-1] + 1:6d}/{config.images}", flush=True)
         for write in writes:
             write.result()
     bar.close()
 
 
 def write_png(image, path):
-    """(3,H,W) uint8 to a PNG file, written under another name first."""
+    """Writes (3,H,W) uint8 as a PNG file, under a temporary name first."""
     to_pil_image(image).save(path.with_suffix(".tmp"), "PNG")
     os.replace(path.with_suffix(".tmp"), path)

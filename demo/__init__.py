@@ -1,0 +1,15 @@
+"""The embedded demonstration: a small Stable Diffusion (mini-SD), a teacher and procedural photos.
+
+They make `python d4ir.py --task desnow` run without a download or a GPU. Nothing here is part of
+the method: without this folder, `d4ir.py` works with your own photos, teacher and Stable Diffusion.
+See `demo/README.md`.
+"""
+from pathlib import Path
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+# What is tuned on the embedded mini-SD; overrides the dataclass defaults when it is used.
+SETTINGS = dict(strength=0.95, steps=10, guidance=3.5, images=256, batch=16, anchor=True,
+                negative_prompt="a photo in clear weather", adapter_steps=120, adapter_lr=1e-4,
+                adapter_t_max=0.4, adapter_jitter=0.4, adapter_cross_crop=True,
+                adapter_caption_base=True, distill_steps=1500)
