@@ -135,13 +135,12 @@ def distill_stage(run):
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         files = list_images(run.out / "synth")[run.rank::run.ranks]
         images = list(threads.map(read_image, files))
-    crop = crop_size(run, images)
-    torch.manual_seed(run.args.seed)
-    student = Restorer(run.args.student_width, window=crop)
-    targets = None
+    crop, targets = run.distill.crop_size(min(images[0].shape[1:])), None
     if run.distill.keep_teacher:
         targets = teacher_outputs(run.teacher, images, run.device, run.dtype)
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
+    torch.manual_seed(run.args.seed)
+    student = Restorer(run.args.student_width, window=crop)
     distill(run.teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
             checkpoint=run.out / "student.pt", log=run.log_losses)
     if run.is_main:
@@ -197,16 +196,6 @@ def adapter_figure(run, adapter):
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
             "from the base prompt": images(lambda x_d: base),
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
-
-
-def crop_size(run, images):
-    """px, side of the student's training crops. Raises ValueError if the images are too small."""
-    smallest = min((min(image.shape[1:]) for image in images), default=0)
-    crop = run.distill.crop or min(256, 2 * smallest // 3)
-    if not 0 < crop <= smallest:
-        raise ValueError(f"--distill-crop {crop} is larger than the smallest of the "
-                         f"{len(images)} training images, {smallest} px")
-    return crop
 
 
 def load_photos(folder, size, run, flag):
@@ -322,7 +311,7 @@ def make_parser():
     add("--precision", choices=("bf16", "fp16", "fp32"),
         help="of Stable Diffusion and autocast; metrics always use fp32 (bf16; fp32 on a CPU "
              "without bf16 instructions)")
-    add("--seed", type=number(int, 0), default=0, help="(0)")
+    add("--seed", type=number(int, 0), default=0, help="of all random numbers (0)")
     add("--tile", type=number(int, 0), default=1024, metavar="PX",
         help="restore larger photos in overlapping tiles of this size; 0: never (1024)")
     add("--input", type=Path, metavar="PATH", help="restore: a photo or a folder of photos")
@@ -338,8 +327,11 @@ def make_parser():
             else:                                           # 0 is a valid number if it is a default
                 least = 1 if f.type is int and f.default else 0
                 kind = dict(type=number(f.type, least))
+            name, default = flag.replace("-", "_"), repr(f.default)
+            if demo and name in demo.SETTINGS:
+                default += f"; demo: {demo.SETTINGS[name]!r}"
             group.add_argument(f"--{flag}", default=f.default, **kind,
-                               help=f"{comment} ({f.default!r})".replace("%", "%%"))
+                               help=f"{comment} ({default})".replace("%", "%%"))
     return parser
 
 

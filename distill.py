@@ -33,9 +33,9 @@ class DistillConfig:
     keep_teacher: bool = True   # compute T(x) once per image and keep it; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
 
-    def __post_init__(self):
-        if not math.isfinite(self.lr):
-            raise ValueError(f"lr must be finite, not {self.lr}")
+    def crop_size(self, side):
+        """px, side of the crops from images of this side."""
+        return self.crop or min(256, 2 * side // 3)
 
 
 def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float32,
@@ -137,11 +137,16 @@ class Crops:
     (x, T(x)). Each batch follows from seed and step alone.
 
     images: list of (3,H,W) uint8. targets: T(x) for each of them, (3,H,W) in [0,1], or None.
+    Raises ValueError if an image is smaller than the crop.
     """
 
     def __init__(self, images, crop, batch, targets=None, seed=0):
         self.images, self.crop, self.batch, self.seed = images, crop, batch, seed
         self.targets, self.step = targets, 0
+        smallest = min((min(image.shape[1:]) for image in images), default=0)
+        if not 0 < crop <= smallest:
+            raise ValueError(f"a crop of {crop} px does not fit into the smallest of {len(images)} "
+                             f"training images, {smallest} px")
 
     def __len__(self):
         return len(self.images)

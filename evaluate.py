@@ -519,7 +519,8 @@ def plot_losses(log, path):
     """Writes a PNG with one panel per stage and loss of a log.jsonl: the loss over the steps.
 
     log: a file with one JSON object per line: {"stage", "step", "steps_per_s", and the losses}. If
-    a step occurs twice, after a resume, its last line counts. Writes nothing if there is no loss.
+    steps are repeated, after a resume or a restart, the later lines count. Writes nothing if there
+    is no loss.
     """
     curves = {}                                            # {title: {step: loss}}
     for line in Path(log).read_text(encoding="utf-8").splitlines():
@@ -527,9 +528,13 @@ def plot_losses(log, path):
             record = json.loads(line)
         except ValueError:                                 # cut off when the run was killed
             continue
+        step, stage = record.pop("step"), record.pop("stage")
+        del record["steps_per_s"]
         for name, value in record.items():
-            if name not in ("stage", "step", "steps_per_s") and math.isfinite(value):
-                curves.setdefault(f"{record['stage']}: {name}", {})[record["step"]] = value
+            title = f"{stage}: {name}"
+            earlier = {s: v for s, v in curves.get(title, {}).items() if s < step}
+            if math.isfinite(value):
+                curves[title] = earlier | {step: value}
     if not curves:
         return
     sheet = Image.new("RGB", (300 * len(curves), 200), "white")

@@ -62,8 +62,6 @@ class AdapterConfig:
             raise ValueError(f"t_max must be in (0, 1], not {self.t_max}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
-        if not math.isfinite(self.lr):
-            raise ValueError(f"lr must be finite, not {self.lr}")
 
     def active_additions(self):
         """Names of the additions that are switched on."""

@@ -113,7 +113,7 @@ class Bench:
 
     def __init__(self, run, original):
         self.run, self.original = run, original
-        self.crop = run.distill.crop or min(256, 2 * run.size // 3)     # as for images of this size
+        self.crop = run.distill.crop_size(run.size)
         self.loaded = {}
 
     def photos(self, flag, size):
