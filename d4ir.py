@@ -48,6 +48,10 @@ from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapte
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_pairs
 
 try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
+try:
     import demo
 except ImportError:                     # the method works without demo/
     demo = None
@@ -80,7 +84,8 @@ PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt", "adapter.png", "log
 # ---------------------------------------------------------------- the method: four stages
 
 def main(argv=None):
-    """Runs the stages in order. Each leaves its product in the run folder and is then skipped."""
+    """Runs the stages in order; each leaves its product in the run folder and is then skipped.
+    Returns the Run."""
     run = Run(parse(argv))
     if not run.stages:                                      # restore, export
         return STANDALONE[run.args.stage[0]](run) if run.is_main else None
@@ -95,6 +100,7 @@ def main(argv=None):
         run.log(f"--- {stage}")
         STAGES[stage](run)
     run.log(f"finished: {run.out}")
+    return run
 
 
 def adapter_stage(run):
@@ -137,7 +143,7 @@ def distill_stage(run):
         images = list(threads.map(read_image, files))
     crop, targets = run.distill.crop_size(min(images[0].shape[1:])), None
     if run.distill.keep_teacher:
-        targets = teacher_outputs(run.teacher, images, run.device, run.dtype)
+        targets = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
     student = Restorer(run.args.student_width, window=crop)
@@ -477,16 +483,20 @@ def check_inputs(run):
             raise ValueError(f"--{flag} {folder}: no image file (png, jpg, bmp, webp, tif)")
     if args.test:
         run.pairs
-    x = torch.zeros(1, 3, 101, 67, device=run.device)       # sides are multiples of nothing
+    x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)   # odd sides
     with torch.no_grad():
-        run.teacher(x)
+        outputs = [run.teacher(x)]
         try:
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                run.teacher(x)
+                outputs.append(run.teacher(x))
         except ValueError as error:
             reason = first_line(error.__cause__ or error)
             raise ValueError(f"the teacher does not support {args.precision} ({reason}): use "
                              "--precision fp32") from None
+    for output, precision in zip(outputs, ("fp32", args.precision)):
+        if not output.isfinite().all():
+            raise ValueError(f"--teacher {args.teacher}: in {precision}, its output for a test "
+                             "image is not finite")
     half = run.teacher.config["width"] // 2 if isinstance(run.teacher, Restorer) else 32
     args.student_width = args.student_width or max(1, half)
     if any(stage in run.stages and (args.restart or not run.is_finished(stage))
@@ -508,7 +518,7 @@ def check_run_folder(run):
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
         old = {stage: dict(old[stage]) for stage in STAGES}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         if file.exists() or any(map(run.has_started, STAGES)):
             raise ValueError(f"{run.out} holds files but no config.json of this program: give "
                              "another --out") from None
@@ -525,12 +535,13 @@ def check_run_folder(run):
                          f"later ones, --restart --stage {changed[0][0]} ...)")
     run.barrier()                                           # every process has checked
     if run.is_main:
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.lock = lock_folder(run.out)
         for path in (run.out / name for stage in redo for name in PRODUCTS[stage]):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        run.out.mkdir(parents=True, exist_ok=True)
         versions = {module.__name__: module.__version__ for module in
                     (torch, torchvision, diffusers, transformers, numpy, PIL)}
         versions["python"] = platform.python_version()
@@ -538,6 +549,28 @@ def check_run_folder(run):
             additions=run.additions(), versions=versions, device=str(run.device),
             processes=run.ranks), indent=2))
     run.barrier()
+
+
+def lock_folder(folder):
+    """Takes a run folder for this process, and removes the temporary files of a killed one. The
+    lock ends with the returned file or with the process. Raises ValueError if another holds it."""
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    file.seek(0)
+    last = file.read()                                      # the last process that used the folder
+    try:
+        if fcntl:                                           # forked workers do not inherit lockf's
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or give "
+                         "another --out") from None
+    except OSError:                                         # a file system without locks
+        pass
+    for path in folder.rglob("*.tmp") if last else ():
+        path.unlink()
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def write_demo_photos(run):
@@ -566,11 +599,12 @@ def write_text(path, text):
 
 
 def interrupt(number, frame):
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def run_command(main):
-    """Runs main as a program: a user's mistake is one line on stderr, with exit code 2."""
+    """Runs main as a program: a user's mistake is one line on stderr, with exit code 2; a signal
+    to stop, with 130 (SIGINT) or 143 (SIGTERM)."""
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
     for library in (diffusers, transformers):
@@ -579,8 +613,9 @@ def run_command(main):
     huggingface_hub.utils.enable_progress_bars()            # for downloads
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; rerun the same command, without --restart, to resume")
+    except KeyboardInterrupt as error:
+        sys.stderr.write("interrupted; rerun the same command, without --restart, to resume\n")
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except torch.OutOfMemoryError as error:
         sys.stderr.write(f"{prog}: error: out of memory: lower --adapter-batch, --batch, "
                          f"--distill-batch or --tile ({first_line(error)})\n")

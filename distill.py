@@ -50,7 +50,7 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "l1", "steps_per_s"}.
     Returns the last mean L1; None if nothing was left to do.
-    Raises ValueError for an empty loader or a loss that is not finite.
+    Raises ValueError for an empty loader, or for a loss or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the distillation's loader is empty")
@@ -86,7 +86,8 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
                 target = to_device(target[0], device)
             else:
                 with torch.no_grad():
-                    target = teacher(x).clamp(0, 1)
+                    y = teacher(x)
+                target = y.clamp(0, 1) + 0 * y                  # NaN where y is infinite
             restored = model(x)
         loss = F.l1_loss(restored.float(), target.float())
 
@@ -107,9 +108,10 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
         if (step + 1) % config.save_every and step + 1 < config.steps:
             continue
         l1 = float(total) / count                               # GPU sync point
-        if not math.isfinite(l1):
-            raise ValueError(f"distill: the loss is not finite at step {step + 1}: {l1}. Lower the "
-                             f"learning rate ({config.lr:g}) or use fp32")
+        if not (math.isfinite(l1) and all(p.isfinite().all() for p in student.parameters())):
+            raise ValueError(f"distill: loss or weights are not finite at step {step + 1}: {l1}. "
+                             f"Lower the learning rate ({config.lr:g}), use fp32, or check the "
+                             "teacher's outputs")
         bar.set_postfix(l1=f"{l1:.4f}")
         if is_main:
             log(dict(stage="distill", step=step + 1, l1=l1,
@@ -171,13 +173,16 @@ class Crops:
 
 
 @torch.no_grad()
-def teacher_outputs(teacher, images, device, dtype=torch.float32):
-    """T(x) for a list of (3,H,W) uint8 images: a list of (3,H,W) float16 in [0,1] on the CPU."""
+def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
+    """T(x) for a list of (3,H,W) uint8 images: a list of (3,H,W) float16 in [0,1] on the CPU.
+    Raises ValueError, with the image's entry in `names`, for an output that is not finite."""
     outputs = []
-    for image in tqdm(images, "teacher", disable=None):
+    for name, image in zip(names or range(len(images)), tqdm(images, "teacher", disable=None)):
         x = to_device(image[None], torch.device(device))
         with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
             y = teacher(x.contiguous(memory_format=torch.channels_last))
+        if not y.isfinite().all():
+            raise ValueError(f"the teacher's output for image {name} is not finite in {dtype}")
         outputs.append(y[0].float().clamp(0, 1).half().cpu())
     return outputs
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -69,24 +70,18 @@ def ssim(a, b):
     a, b = check_images(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs at least 11x11 px, not {tuple(a.shape[-2:])}")
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    values = []
-    for x, y in zip(levels(a).unbind(1), levels(b).unbind(1)):              # one channel at a time:
-        x, y = x.double(), y.double()                                       # memory; (B,H,W)
-        mx, my = blur(x), blur(y)                                           # (B,H-10,W-10)
+    ramp = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
+    window = torch.exp(-ramp ** 2 / (2 * 1.5 ** 2))
+    window = (window / window.sum()).view(1, 1, 1, 11)
+    blur = lambda x: F.conv2d(F.conv2d(x, window), window.mT)               # (B,1,H-10,W-10)
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for x, y in zip(levels(a).split(1, 1), levels(b).split(1, 1)):          # by channel: memory
+        x, y = x.double(), y.double()                                       # (B,1,H,W)
+        mx, my = blur(x), blur(y)
         vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
         values.append(float(((2 * mx * my + c1) * (2 * cov + c2)
                              / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean()))
     return statistics.fmean(values)
-
-
-def blur(x):
-    """The local mean of (B,H,W) under SSIM's Gaussian window, valid region: (B,H-10,W-10)."""
-    window = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
-    window = [weight / sum(window) for weight in window]
-    height, width = x.shape[-2] - 10, x.shape[-1] - 10
-    x = sum(weight * x[..., i:i + width] for i, weight in enumerate(window))
-    return sum(weight * x[..., i:i + height, :] for i, weight in enumerate(window))
 
 
 def check_images(a, b):
@@ -138,26 +133,24 @@ def restore(model, image, tile=1024, overlap=64):
     tile: a photo with a longer side, px, is restored in overlapping tiles, blended linearly; 0:
       always whole. overlap: px, at most a quarter of the tile.
     """
+    device = next(model.parameters()).device
+
+    def run(x):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # GPU as CPU
+            x = x[None].to(device, memory_format=torch.channels_last)
+            return model(x)[0].float().clamp(0, 1).to(image.device)
+
     height, width = image.shape[-2:]
     if not tile or max(height, width) <= tile:
-        return restore_whole(model, image)
+        return run(image)
     overlap = min(overlap, tile // 4)
     output, weight = torch.zeros_like(image), torch.zeros_like(image[:1])
     for top, bottom, fade_y in spans(height, tile, overlap):
         for left, right, fade_x in spans(width, tile, overlap):
             fade = (fade_y[:, None] * fade_x).to(image.device)              # (tile,tile)
-            restored = restore_whole(model, image[:, top:bottom, left:right])
-            output[:, top:bottom, left:right] += restored * fade
+            output[:, top:bottom, left:right] += run(image[:, top:bottom, left:right]) * fade
             weight[:, top:bottom, left:right] += fade
     return output.div_(weight)
-
-
-def restore_whole(model, image):
-    """Runs a model on one photo (3,H,W) at once; TF32 is off, so that GPUs agree with CPUs."""
-    device = next(model.parameters()).device
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        x = image[None].to(device, memory_format=torch.channels_last)
-        return model(x)[0].float().clamp(0, 1).to(image.device)
 
 
 def spans(length, tile, overlap):
@@ -166,16 +159,13 @@ def spans(length, tile, overlap):
     if length <= tile:
         return [(0, length, torch.ones(length))]
     count = math.ceil((length - overlap) / (tile - overlap))
-    fade_in = (torch.arange(1, tile + 1) / (overlap + 1)).clamp(max=1)
+    fade_in, whole = (torch.arange(1, tile + 1) / (overlap + 1)).clamp(max=1), torch.ones(tile)
     tiles = []
     for i in range(count):
         start = round(i * (length - tile) / (count - 1))
-        weights = torch.ones(tile)
-        if i > 0:
-            weights = weights * fade_in
-        if i < count - 1:
-            weights = weights * fade_in.flip(0)
-        tiles.append((start, start + tile, weights))
+        left = fade_in if i > 0 else whole
+        right = fade_in.flip(0) if i < count - 1 else whole
+        tiles.append((start, start + tile, left * right))
     return tiles
 
 
@@ -307,12 +297,9 @@ def list_images(folder, recursive=False):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.suffix.lower() in ENDINGS and not hidden and path.is_file():
             images.append(path)
-    return sorted(images, key=natural_order)
-
-
-def natural_order(path):
-    """A sorting key that compares the digits in a path as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    natural = lambda path: [int(part) if part.isdigit() else part
+                            for part in re.split(r"(\d+)", str(path))]
+    return sorted(images, key=natural)
 
 
 @dataclass
@@ -420,20 +407,20 @@ def report(models, results, pairs):
     models: {name: module}, with None for "input"; "teacher" and "student" are needed.
     results: {name: what `evaluate` returned} for the same names. pairs: list of Pair.
     """
-    sets = list(dict.fromkeys(pair.set for pair in pairs))
+    sets = {}                                              # {name: numbers of its pairs}
+    for i, pair in enumerate(pairs):
+        sets.setdefault(pair.set, []).append(i)
     costs = {name: cost(model) for name, model in models.items() if model is not None}
     metrics = {"test_set": " + ".join(sets), "n_images": len(pairs)}
     for name, result in results.items():
         metrics[name] = {key: result[key] for key in METRICS} | costs.get(name, {})
     metrics["ratio"] = {key: costs["teacher"][key] / costs["student"][key] for key in COSTS}
     if len(sets) > 1:
-        metrics["sets"] = {}
-        for set_name in sets:
-            chosen = [i for i, pair in enumerate(pairs) if pair.set == set_name]
-            metrics["sets"][set_name] = {"n_images": len(chosen)}
-            for name, result in results.items():
-                rows = [result["images"][i] for i in chosen]
-                metrics["sets"][set_name][name] = means(rows)
+        metrics["sets"] = {
+            set_name: {"n_images": len(chosen)} | {
+                name: means([result["images"][i] for i in chosen])
+                for name, result in results.items()}
+            for set_name, chosen in sets.items()}
     device = next(models["student"].parameters()).device.type
     metrics["definitions"] = DEFINITIONS
     metrics["cost_at"] = f"256x256, batch 1, float32, on {device}"

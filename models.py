@@ -212,14 +212,14 @@ class StableDiffusion:
 def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
     """Loads and freezes SD 1.x or 2.x from a diffusers folder or a hub id.
 
-    Raises ValueError if a part is missing or the model is of another kind (SDXL, inpainting).
+    Raises ValueError if a part is missing or the model is of another kind (SDXL, inpainting, LCM).
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
     source, options = str(path_or_id), dict(torch_dtype=dtype, low_cpu_mem_usage=False)
-    unet = load_part(UNet2DConditionModel, source, "unet", **options)
-    vae = load_part(AutoencoderKL, source, "vae", **options)
-    text_encoder = load_part(CLIPTextModel, source, "text_encoder", **options)
+    unet = load_network(UNet2DConditionModel, source, "unet", **options)
+    vae = load_network(AutoencoderKL, source, "vae", **options)
+    text_encoder = load_network(CLIPTextModel, source, "text_encoder").to(dtype)
     tokenizer = load_part(CLIPTokenizer, source, "tokenizer")
     scheduler = load_part(DDIMScheduler, source, "scheduler")
     if unet.config.in_channels != vae.config.latent_channels:
@@ -232,6 +232,13 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
     if not (conditioned_on_text and same_width):
         raise ValueError(f"{source}: the U-Net needs other conditioning than the text encoder's "
                          "tokens (SDXL?); SD 1.x or 2.x is needed")
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(f"{source}: the U-Net takes the guidance as an input (an LCM?); plain SD "
+                         "1.x or 2.x is needed")
+    # Without its files, transformers makes a tokenizer of two tokens and raises no error.
+    if len(tokenizer) != text_encoder.config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has {len(tokenizer)} tokens, but the text "
+                         f"encoder {text_encoder.config.vocab_size}: is its folder complete?")
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"{source}: prediction type {prediction_type!r} is not supported; it must "
@@ -241,6 +248,16 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
     return StableDiffusion(vae, unet, text_encoder, tokenizer, prediction_type,
                            scheduler.alphas_cumprod.clamp(min=2 ** -24),   # no division by 0
                            torch.device(device), dtype)
+
+
+def load_network(kind, source, name, **options):
+    """`load_part`; ValueError too if weights are missing, which would stay random."""
+    network, info = load_part(kind, source, name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{source}: the file of the {name} lacks {len(missing)} weights: "
+                         f"{', '.join(missing[:3])}")
+    return network
 
 
 def load_part(kind, source, name, **options):
@@ -283,14 +300,34 @@ def load_restorer(spec, device="cpu", multiple=1):
     if config is None:
         raise ValueError(f"{path}: no Restorer in its metadata; load a network of your own as "
                          "FILE.py:NAME@WEIGHTS")
-    model = Restorer(**json.loads(config))
-    load_matching(model, state, path)
+    model = build_restorer(config, state, path)
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
+def build_restorer(config, state, path):
+    """The Restorer described in a file's metadata, with the file's weights. It is built on the meta
+    device, which takes no memory, until its sizes are found to be those of the weights."""
+    try:
+        config = json.loads(config)
+        counts = [config["middle"], len(config["encoder"]), *config["encoder"], *config["decoder"]]
+        if min(*counts, config["window"]) < 0 or sum(counts) > len(state):
+            raise ValueError(f"negative numbers, or more blocks than the {len(state)} tensors")
+        with torch.device("meta"):
+            model = Restorer(**config)
+        state = {key: value.float() for key, value in state.items()}
+    except Exception as error:                             # any JSON can be in there
+        raise ValueError(f"{path}: its metadata describe no Restorer of this project "
+                         f"({type(error).__name__}: {first_line(error)})") from None
+    load_matching(model, state, path, assign=True)
+    return model
+
+
 def save_restorer(model, path):
-    """Writes a Restorer as fp16 safetensors, with its architecture in the metadata."""
+    """Writes a Restorer as fp16 safetensors, with its architecture in the metadata. Raises
+    ValueError for weights that are not finite in fp16."""
     state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{path}: not written, because weights are not finite in fp16")
     save_file(state, f"{path}.tmp", metadata={"restorer": json.dumps(model.config)})
     os.replace(f"{path}.tmp", path)
 
@@ -428,7 +465,7 @@ def read_weights(path):
     return tensors
 
 
-def load_matching(model, state, source):
+def load_matching(model, state, source, assign=False):
     """Loads a state_dict whose keys may share a prefix ('module.', 'net.', ...).
 
     Raises ValueError, with names, if keys are missing or left over, or if a shape differs.
@@ -436,7 +473,7 @@ def load_matching(model, state, source):
     prefix = find_prefix(state, model.state_dict())
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:                          # its second line names the first shape
         raise ValueError(f"{source}: the weights do not match the network: "
                          f"{str(error).splitlines()[1].strip()}") from None

@@ -170,7 +170,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if nothing was left to do. With several processes, each has its own
-    batches and queue. Raises ValueError for an empty loader or a loss that is not finite.
+    batches, and the queue holds the keys of all. Raises ValueError for an empty loader, or for
+    losses or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
@@ -193,6 +194,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
             part.load_state_dict(state[name])
         queue, queue_photo, start = state["queue"], state["queue_photo"], state["step"]
     distributed = dist.is_initialized()
+    if distributed:
+        dist.broadcast(queue, 0)                                    # one queue for all processes
     is_main = not distributed or dist.get_rank() == 0
     model = nn.parallel.DistributedDataParallel(adapter) if distributed else adapter
     bar = tqdm(total=config.steps, initial=start, desc="adapter", unit="step",
@@ -236,6 +239,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         with torch.no_grad():
             for k, q in zip(key_encoder.parameters(), adapter.parameters()):
                 k.lerp_(q, 1 - config.momentum)
+            if distributed:
+                key, photo = gather(key), gather(photo)
             queue = torch.cat([key, queue])[:config.queue]          # newest first
             queue_photo = torch.cat([photo, queue_photo])[:config.queue]
 
@@ -246,9 +251,10 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         if (step + 1) % config.save_every and step + 1 < config.steps:
             continue
         losses = dict(zip(("diffusion", "contrastive"), (sums / count).tolist()))   # GPU sync point
-        if not all(map(math.isfinite, losses.values())):
-            raise ValueError(f"adapter: a loss is not finite at step {step + 1}: {losses}. Lower "
-                             f"the learning rate ({config.lr:g}) or use fp32")
+        if not (all(map(math.isfinite, losses.values()))
+                and all(p.isfinite().all() for p in adapter.parameters())):
+            raise ValueError(f"adapter: losses or weights are not finite at step {step + 1}: "
+                             f"{losses}. Lower the learning rate ({config.lr:g}) or use fp32")
         report = dict(stage="adapter", step=step + 1, **losses,
                       steps_per_s=round(count / (time.time() - clock), 2))
         bar.set_postfix(losses)
@@ -264,6 +270,13 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     bar.close()
     adapter.eval()
     return report
+
+
+def gather(x):
+    """(B,...) of each of R processes to (R B,...), the same in all."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def learning_rate(progress):
@@ -374,9 +387,12 @@ def load_adapter(path, device="cpu"):
     try:
         with safe_open(path, "pt") as file:
             state = {k: file.get_tensor(k) for k in file.keys()}
-            adapter = PromptAdapter(**json.loads((file.metadata() or {})["adapter"]))
-        adapter.load_state_dict(state)
+            config = json.loads((file.metadata() or {})["adapter"])
+        with torch.device("meta"):                          # no memory before the sizes are checked
+            adapter = PromptAdapter(**config)
+        adapter.load_state_dict(state, assign=True)
+        adapter.float()
     except Exception as error:                              # safetensors has error types of its own
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not an adapter of this project ({reason})") from None
     return adapter.requires_grad_(False).eval().to(device)

@@ -271,6 +271,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
     adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d).
     Process `rank` of `ranks` makes every `ranks`-th batch.
+    Raises ValueError for images that are not finite, as some models give in fp16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size, pending, path = config.size or sd.size, [], lambda i: folder / f"{i:06d}.png"
@@ -287,6 +288,9 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
             degraded = draw_crops(degraded_photos, size, seed, indices, 1)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
             images = synthesize_pairs(clean, degraded, adapter, sd, config, generator)
+            if not images.isfinite().all():
+                raise ValueError("the synthesized images are not finite: use --precision bf16 or "
+                                 "fp32, or another --sd")
             images = (images * 255).round().to(torch.uint8).cpu()               # GPU sync point
             for write in writes:
                 write.result()                              # re-raise write errors

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import d4ir
@@ -41,7 +42,7 @@ MINI = demo.WEIGHTS / "mini-sd"
 TINY = ["--adapter-steps", "4", "--adapter-batch", "4", "--images", "6", "--steps", "2",
         "--distill-steps", "6", "--distill-batch", "4"]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-torch.set_num_threads(os.cpu_count())
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
 
 
 def run(*arguments, **options):
@@ -247,10 +248,12 @@ def test_a_loss_that_is_not_finite_stops_both_trainings(sd, tmp_path):
     with pytest.raises(ValueError, match="not finite at step 1"):
         prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4), sd, [batch],
                                      config, checkpoint=tmp_path / "a.pt")
-    teacher = lambda x: x * math.nan
-    pairs, config = [(a, teacher(a))], distill.DistillConfig(steps=2, save_every=1)
-    with pytest.raises(ValueError, match="not finite at step 1"):
-        distill.distill(None, models.Restorer(4), pairs, config, checkpoint=tmp_path / "s.pt")
+    config = distill.DistillConfig(steps=2, save_every=1)
+    infinite = lambda x: x / 0                             # an infinite output is not a white one
+    for teacher, batch in ((None, (a, a * math.nan)), (infinite, a)):
+        with pytest.raises(ValueError, match="not finite at step 1"):
+            distill.distill(teacher and Lambda(teacher), models.Restorer(4), [batch], config,
+                            checkpoint=tmp_path / "s.pt")
     assert not list(tmp_path.iterdir())                    # no checkpoint of a broken network
 
 
@@ -456,7 +459,7 @@ def test_synthesize_is_the_closed_form_of_the_paper(sd):
 def forbid(monkeypatch, module, *names):
     """Makes calls of these functions fail."""
     for name in names:
-        def fail(*arguments, **named):
+        def fail(*arguments, name=name, **named):
             raise AssertionError(f"{name} was called")
         monkeypatch.setattr(module, name, fail)
 
@@ -726,6 +729,9 @@ class Halving(Net):
 class Smaller(Net):
     def forward(self, x):
         return x[..., 1:]
+class Infinite(Net):
+    def forward(self, x):
+        return x / 0
 class Fourier(Net):
     def forward(self, x):                                  # no bf16 support, like cuFFT
         if self.body(x).dtype is not torch.float32:
@@ -767,7 +773,6 @@ def test_foreign_teachers_load_from_any_usual_checkpoint(network, wrapping, endi
     model, folder = network
     path, state = folder / f"w.{ending}", WRAPPINGS[wrapping](model.state_dict())
     if ending == "safetensors":
-        from safetensors.torch import save_file
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             pytest.skip("safetensors holds tensors only")
         save_file(state, path)
@@ -838,7 +843,6 @@ def test_unusable_teachers_are_refused(network):
     with pytest.raises(ValueError, match=r"3 missing keys \['body.bias', .*"
                                          r"1 unexpected keys \['extra'\]"):
         models.load_restorer(spec("Net"))
-    from safetensors.torch import save_file
     save_file(dict(model.state_dict()), folder / "foreign.safetensors")
     with pytest.raises(ValueError, match="FILE.py:NAME@WEIGHTS"):
         models.load_restorer(folder / "foreign.safetensors")
@@ -874,12 +878,21 @@ def test_stable_diffusion_scales_latents_and_makes_prompts(sd):
 def test_other_models_than_stable_diffusion_are_refused(tmp_path):
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8,
               projection_class_embeddings_input_dim=64)
+    without_tokenizer, incomplete = (make_sd(tmp_path / name) for name in ("words", "part"))
+    shutil.rmtree(without_tokenizer / "tokenizer")
+    path = incomplete / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    del state["conv_out.bias"]
+    save_file(state, path, metadata={"format": "pt"})
     for folder, message in (
             (tmp_path, "unet cannot be loaded"),
             (make_sd(tmp_path / "inpaint", in_channels=9), "inpainting"),
             (make_sd(tmp_path / "wide", cross_attention_dim=64), "text encoder"),
             (make_sd(tmp_path / "x0", "sample"), "'sample'"),
-            (make_sd(tmp_path / "xl", **xl), "SDXL")):
+            (make_sd(tmp_path / "xl", **xl), "SDXL"),
+            (make_sd(tmp_path / "lcm", time_cond_proj_dim=8), "LCM"),
+            (without_tokenizer, "2 tokens, but the text encoder 308"),
+            (incomplete, "unet lacks 1 weights: conv_out.bias")):
         with pytest.raises(ValueError, match=message):
             models.load_stable_diffusion(folder)
 
@@ -1365,7 +1378,7 @@ def test_the_embedded_default_writes_every_file(demo_run):
 def test_a_rerun_does_nothing_and_other_settings_are_refused(demo_run):
     out, _ = demo_run
     times = lambda: {f: f.stat().st_mtime_ns for f in out.rglob("*")
-                     if f.is_file() and f.name != "config.json"}
+                     if f.is_file() and f.name not in ("config.json", "lock")}
     before = times()
     again = run("--task", "desnow", "--out", out, *TINY)
     assert again.returncode == 0 and again.stdout.count("already finished") == 4, again.stderr
@@ -1492,7 +1505,8 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
              (["--distill-crop", "999"], "larger than the images, 96 px"),
              (["--teacher", f"{net}:Halving@{weights}"], "teacher-multiple"),
              (["--teacher", f"{net}:Fourier@{weights}", "--precision", "bf16"],
-              "use --precision fp32")]
+              "use --precision fp32"),
+             (["--teacher", f"{net}:Infinite@{weights}"], "net.py:Infinite@.* is not finite")]
     for i, (arguments, message) in enumerate(wrong):
         command = ["--task", "desnow", *good, *TINY[:6], "--steps", "2", *arguments]
         with pytest.raises(ValueError, match=message):
@@ -1576,48 +1590,400 @@ def test_a_task_is_one_entry(own_photos, tmp_path, monkeypatch):
     assert (tmp_path / "run/metrics.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_killed_run_resumes(own_photos, tmp_path):
-    """Killed during the distillation by SIGTERM and SIGKILL: same result as without."""
-    command = ["--task", "desnow", *own_photos, "--distill-steps", "60", "--distill-save-every",
-               "5", "--precision", "fp32"]
-    whole = run(*command, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    program = [sys.executable, str(HERE / "d4ir.py"), *map(str, command)]
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen([*program, "--out", str(tmp_path / "killed")],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        checkpoint, end = tmp_path / "killed/student.pt", time.time() + 120
-        while not checkpoint.exists() and process.poll() is None and time.time() < end:
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate()
-        assert "Traceback" not in errors
-    done = run(*command, "--out", tmp_path / "killed")
-    assert done.returncode == 0 and "adapter: already finished" in done.stdout, done.stderr
-    a, b = (models.load_restorer(tmp_path / name / "student.safetensors").state_dict()
-            for name in ("whole", "killed"))
-    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
-
-
-@pytest.mark.slow
-def test_several_processes(own_photos, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               HERE / "d4ir.py", "--task", "derain", *own_photos, "--device", "cpu", "--batch",
-               "2", "--out", tmp_path / "run"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "run/synth").glob("*.png"))) == 6
-    assert (tmp_path / "run/metrics.json").exists()
-
-
 @cuda
 def test_on_a_gpu(own_photos, tmp_path):
     for precision in ("bf16", "fp16"):
         done = run("--task", "desnow", *own_photos, "--device", "cuda", "--precision", precision,
                    "--out", tmp_path / precision)
         assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- robustness
+
+class Lambda(nn.Module):
+    """A network of one function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs, **options):
+        return self.function(*inputs, **options)
+
+
+class Root(nn.Module):
+    """Adds sqrt|w| = 0 to a network's output: a finite loss whose gradient is not."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, **options):
+        y = self.network(x, **options)
+        root = self.w.abs().sqrt()
+        return (y[0] + root, y[1]) if isinstance(y, tuple) else y + root
+
+
+def test_weights_that_are_not_finite_are_never_saved(sd, tmp_path):
+    a = photo(1, 64, 64).expand(2, 3, 64, 64)
+    batch = (noise(1, 2, 4, 8, 8), a, a, torch.tensor([0, 1]))
+    config = prompt_adapter.AdapterConfig(steps=1, batch=2, queue=4, save_every=1)
+    with pytest.raises(ValueError, match="weights are not finite at step 1"):
+        prompt_adapter.train_adapter(Root(prompt_adapter.PromptAdapter(sd.width, 4)), sd, [batch],
+                                     config, checkpoint=tmp_path / "a.pt")
+    config = distill.DistillConfig(steps=1, save_every=1)
+    with pytest.raises(ValueError, match="weights are not finite at step 1"):
+        distill.distill(None, Root(models.Restorer(4)), [(a, a * 0.5)], config,
+                        checkpoint=tmp_path / "s.pt")
+    model = models.Restorer(4)
+    nn.init.constant_(model.ending.bias, 1e6)              # infinite in fp16
+    with pytest.raises(ValueError, match="m.safetensors: not written, .* not finite in fp16"):
+        models.save_restorer(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_is_not_finite_is_stopped_with_the_photos_name(tmp_path):
+    for i in range(2):
+        save(photo(i, 40, 48) * (1 - i), tmp_path / f"synth/{i}.png")      # the second is black
+    run = argparse.Namespace(release=lambda *names: None, out=tmp_path, rank=0, ranks=1,
+                             distill=distill.DistillConfig(), device="cpu", dtype=torch.float32,
+                             teacher=lambda x: x / x.amax())
+    with pytest.raises(ValueError, match="teacher's output for image .*synth/1.png is not finite"):
+        d4ir.distill_stage(run)
+    bright = torch.full((3, 8, 8), 9, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="image 1 is not finite"):
+        distill.teacher_outputs(lambda x: x / x.amax(), [bright, bright * 0], "cpu")
+
+
+def test_synthesized_images_that_are_not_finite_are_refused(sd, tmp_path):
+    photos = [(photo(i, 70, 90) * 255).to(torch.uint8) for i in range(3)]
+    broken = lambda x: torch.full((len(x), 4, sd.width), math.nan)
+    with pytest.raises(ValueError, match="images are not finite"):
+        synth.synthesize_folder(photos, photos, broken, sd, make_config(images=2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_are_checked_before_memory_is_taken(tmp_path):
+    """Sizes, block counts, keys and types that do not fit, and no JSON: one line, no memory."""
+    model = models.Restorer(4, (1,), 1, (1,))
+    adapter = prompt_adapter.PromptAdapter(8, 2, channels=2)
+    wrong = [dict(width=200_000), dict(width=10 ** 30), dict(width="4"), dict(middle=10 ** 7),
+             dict(encoder=[10 ** 7, -10 ** 7], decoder=[1, 1]), dict(encoder="1"), dict(middle=1.5),
+             dict(encoder=[0] * 10 ** 5, decoder=[0] * 10 ** 5), dict(window=-1), dict(colour=1)]
+    bad = [json.dumps(model.config | change) for change in wrong]
+    path = tmp_path / "net.safetensors"
+    for text in [*bad, "{}", "[]", "3", "not JSON", "[" * 100_000]:
+        save_file(model.state_dict(), path, metadata={"restorer": text})
+        with pytest.raises(ValueError, match="net.safetensors: ") as error:
+            models.load_restorer(path)
+        assert len(str(error.value).splitlines()) == 1
+    wrong = [dict(width=200_000), dict(tokens=10 ** 12), dict(channels=10 ** 9), dict(colour=1),
+             dict(embedding="x")]
+    bad = [json.dumps(adapter.config | change) for change in wrong]
+    for text in [*bad, "{}", "[]", "not JSON", "[" * 100_000]:
+        save_file(adapter.state_dict(), path, metadata={"adapter": text})
+        with pytest.raises(ValueError, match="net.safetensors: not an adapter") as error:
+            prompt_adapter.load_adapter(path)
+        assert len(str(error.value).splitlines()) == 1
+    save_file({k: v.half() for k, v in adapter.state_dict().items()}, path,
+              metadata={"adapter": json.dumps(adapter.config)})
+    assert prompt_adapter.load_adapter(path)(photo(1, 40, 40)[None]).dtype is torch.float32
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX locks and signals")
+
+
+@posix
+def test_a_run_folder_is_used_by_one_process_at_a_time(own_photos, tmp_path):
+    out, (ready, send) = tmp_path / "run", os.pipe()
+    out.mkdir()
+    (out / "user.tmp").write_text("not ours")              # no run has used the folder yet
+    child = os.fork()
+    if child == 0:
+        try:
+            lock = d4ir.lock_folder(out)
+            os.write(send, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(send)
+    assert os.read(ready, 1) == b"x"
+    try:
+        assert (out / "user.tmp").exists()
+        with pytest.raises(ValueError, match=f"run is in use by process {child} on"):
+            d4ir.main(["--task", "desnow", *map(str, own_photos), "--out", str(out)])
+        assert sorted(path.name for path in out.iterdir()) == ["lock", "user.tmp"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    (out / "synth").mkdir()
+    (out / "synth/000000.tmp").write_text("left by the dead process")
+    lock = d4ir.lock_folder(out)                           # its lock is taken over
+    assert (out / "lock").read_text().startswith(f"{os.getpid()} on ")
+    assert not list(out.rglob("*.tmp")) and not lock.closed
+
+
+@posix
+def test_signals_give_their_exit_codes_and_one_line(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with pytest.raises(SystemExit) as stopped:
+            d4ir.run_command(lambda: (os.kill(os.getpid(), number), time.sleep(9)))
+        assert stopped.value.code == code
+        assert capsys.readouterr().err.startswith("interrupted; rerun the same command")
+    signal.signal(signal.SIGTERM, before)
+
+
+PRODUCTS = ("adapter.safetensors", "student.safetensors", "synth/*.png")
+
+
+def product_bytes(folder, patterns=PRODUCTS):
+    """{name: bytes} of a run's adapter, images and student."""
+    files = {path for pattern in patterns for path in folder.glob(pattern)}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(files)}
+
+
+def test_the_same_seed_gives_the_same_bytes(own_photos, tmp_path, monkeypatch):
+    """With any number of loader threads; another seed changes every file."""
+    made = []
+    for seed, threads in ((0, 1), (0, 5), (1, 5)):
+        monkeypatch.setattr(os, "cpu_count", lambda: threads)
+        out = tmp_path / f"{seed}-{threads}"
+        d4ir.main(["--task", "desnow", *map(str, own_photos), "--seed", str(seed), "--out",
+                   str(out), "--stage", "adapter", "synth", "distill"])
+        made.append(product_bytes(out))
+    first, again, other = made
+    assert len(first) == 2 + 6 and first == again
+    assert first.keys() == other.keys() and all(first[name] != other[name] for name in first)
+
+
+@pytest.mark.slow
+@posix
+def test_a_run_killed_in_any_stage_gives_the_same_bytes(own_photos, tmp_path):
+    """SIGTERM and SIGKILL at random moments of each stage."""
+    rng, one_thread = np.random.default_rng(0), os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", HERE / "d4ir.py", "--task", "desnow", *own_photos,
+               "--precision", "fp32", "--adapter-steps", "60", "--adapter-save-every", "5",
+               "--images", "16", "--batch", "2", "--distill-steps", "150",
+               "--distill-save-every", "5", "--out"]
+
+    def go(out, stop_in=None, number=None, after=None):
+        """Runs the command, up to a signal some seconds into a stage. Returns the exit code, what
+        it wrote to stderr, and the seconds spent in each stage."""
+        process = subprocess.Popen([*map(str, command), str(out)], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, env=one_thread)
+        starts = {}
+        for line in process.stdout:
+            starts[line.strip().removeprefix("--- ")] = time.time()
+            if line.strip() == f"--- {stop_in}":
+                time.sleep(after)
+                process.send_signal(number)
+        _, errors = process.communicate()
+        stages = [starts[stage] for stage in d4ir.STAGES if stage in starts] + [time.time()]
+        return process.returncode, errors, np.diff(stages)
+
+    code, errors, seconds = go(tmp_path / "whole")
+    assert code == 0, errors
+    for stage, length in zip(("adapter", "synth", "distill"), seconds):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            code, errors, _ = go(tmp_path / "killed", stage, number, rng.uniform(0, length / 3))
+            assert code == (143 if number == signal.SIGTERM else -signal.SIGKILL), errors
+            assert "Traceback" not in errors
+    code, errors, _ = go(tmp_path / "killed")
+    assert code == 0 and not list((tmp_path / "killed").rglob("*.tmp")), errors
+    whole = product_bytes(tmp_path / "whole")
+    assert len(whole) == 2 + 16 and product_bytes(tmp_path / "killed") == whole
+
+
+def test_processes_share_the_images(sd, tmp_path):
+    """Each image is made by one of three processes, and is that of a single process."""
+    photos = [(photo(i, 70, 90) * 255).to(torch.uint8) for i in range(3)]
+    adapter = prompt_adapter.PromptAdapter(sd.width, 4).eval()
+    config = synth.SynthConfig(images=7, batch=2, steps=2)
+    make = lambda folder, *rank: synth.synthesize_folder(
+        photos, photos, adapter, sd, config, folder, rank=rank[0], ranks=rank[1])
+    make(tmp_path / "one", 0, 1)
+    parts = []
+    for rank in range(3):
+        make(tmp_path / str(rank), rank, 3)
+        parts.append(product_bytes(tmp_path / str(rank), ["*.png"]))
+    assert sum(map(len, parts)) == 7
+    assert parts[0] | parts[1] | parts[2] == product_bytes(tmp_path / "one", ["*.png"])
+
+
+def torchrun(*arguments, **options):
+    """Two processes on the CPU, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def train_one_step(folder):
+    """One update of an adapter and of a student, on this process's part of a batch of four.
+    Writes the gradients and the adapter's checkpoint, with its queue."""
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+    own = slice(4 * rank // ranks, 4 * (rank + 1) // ranks)
+    # abar = 0 and v-prediction: the target is -z_0, whatever the noise, which differs by process.
+    predict = lambda z, t, prompts: prompts.mean((1, 2)).view(-1, 1, 1, 1).expand_as(z)
+    fake = argparse.Namespace(unet=nn.Identity(), device=torch.device("cpu"), dtype=torch.float32,
+                              prediction_type="v_prediction", alphas_cumprod=torch.zeros(10),
+                              predict_noise=predict)
+    torch.manual_seed(0)
+    adapter, student = prompt_adapter.PromptAdapter(8, 4, channels=4), models.Restorer(4)
+    nn.init.normal_(adapter.to_prompts[-1].weight, std=0.1)
+    nn.init.normal_(student.ending.weight, std=0.1)
+    a, b = (torch.stack([photo(first + i, 32, 32) for i in range(4)]) for first in (0, 4))
+    batch = noise(1, 4, 4, 4, 4), a, b, torch.arange(4)
+    name = folder / f"adapter-{ranks}.pt"
+    prompt_adapter.train_adapter(
+        adapter, fake, [[column[own] for column in batch]], prompt_adapter.AdapterConfig(
+            steps=1, batch=2, queue=8, contrast=1.0), seed=1000 * rank, checkpoint=name)
+    distill.distill(Darker(), student, [a[own]], distill.DistillConfig(steps=1))
+    if rank == 0:
+        torch.save([p.grad for network in (adapter, student) for p in network.parameters()],
+                   folder / f"gradients-{ranks}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_with_the_joined_batch(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text("import sys\nfrom pathlib import Path\nfrom test_d4ir import train_one_step\n"
+                      "train_one_step(Path(sys.argv[1]))\n")
+    process = torchrun(script, tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    train_one_step(tmp_path)
+    two, one = (torch.load(tmp_path / f"gradients-{n}.pt") for n in (2, 1))
+    assert len(two) == len(one) and sum(g.abs().sum() > 0 for g in one) > 100
+    for a, b in zip(two, one):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    two, one = (torch.load(tmp_path / f"adapter-{n}.pt") for n in (2, 1))
+    assert two["queue_photo"].tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    torch.testing.assert_close(two["queue"], one["queue"])
+    torch.testing.assert_close(two["adapter"], one["adapter"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@posix
+def test_two_processes_by_command_line(own_photos, tmp_path):
+    """The images are those of one process. If a process dies, the rerun resumes."""
+    command = ["--task", "derain", *own_photos, "--device", "cpu", "--precision", "fp32",
+               "--images", "7", "--batch", "2", "--adapter-steps", "100", "--adapter-save-every",
+               "1"]
+    one, two, out = (tmp_path / name for name in ("one", "two", "out"))
+    done = run(*command, "--out", one, "--stage", "adapter", "synth",
+               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    two.mkdir()
+    for name in ("adapter.safetensors", "config.json"):
+        shutil.copy(one / name, two)
+    process = torchrun(HERE / "d4ir.py", *command, "--out", two, "--stage", "synth")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len(product_bytes(one)) == 8 and product_bytes(two) == product_bytes(one)
+
+    process, end = torchrun(HERE / "d4ir.py", *command, "--out", out), time.time() + 120
+    while not (out / "adapter.pt").exists() and process.poll() is None and time.time() < end:
+        time.sleep(0.1)
+    first = int((out / "lock").read_text().split()[0])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = set(map(int, children)) - {first}
+    os.kill(second, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0 and not (out / "adapter.safetensors").exists()
+    d4ir.lock_folder(out).close()                          # no process is left
+    process = torchrun(HERE / "d4ir.py", *command, "--out", out)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len(product_bytes(out)) == 2 + 7 and (out / "metrics.json").exists()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["stage"] == "adapter"]
+    assert steps[-1] == 100 and len(steps) <= 101          # at most one update was repeated
+
+
+def mutate(rng, data):
+    """Some bytes with flipped bits, swapped blocks, a huge number near the start, or cut off."""
+    data, kind = bytearray(data), rng.integers(5)
+    if kind == 0:
+        for i in rng.integers(len(data), size=rng.integers(1, 9)):
+            data[i] ^= 1 << rng.integers(8)
+    elif kind == 1:
+        data = data[:rng.integers(len(data))]
+    elif kind == 2:
+        a, b = (int(i) for i in rng.integers(len(data), size=2))
+        data[a:a + 16], data[b:b + 16] = data[b:b + 16], data[a:a + 16]
+    else:
+        i, size = int(rng.integers(min(64, len(data)))), int(rng.choice([2, 4, 8]))
+        data[i:i + size] = rng.bytes(size) if kind == 3 else b"\x7f" + b"\xff" * (size - 1)
+    return bytes(data)
+
+
+def mutate_json(rng, value):
+    """A JSON value with one of its parts replaced."""
+    strange = (None, True, -1, 0, 1.5, math.nan, 10 ** 6, 10 ** 40, "x", [], {}, [[1]], {"a": 1})
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        value = value.copy()
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[rng.integers(len(keys))]
+        value[key] = mutate_json(rng, value[key])
+        return value
+    return strange[rng.integers(len(strange))]
+
+
+def test_mutated_files_raise_only_errors_with_their_name(tmp_path):
+    import resource
+    rng, counts = np.random.default_rng(0), {"read": 0, "refused": 0}
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024         # MB
+    before = peak()
+
+    def check(read, path, name=None):
+        try:
+            read(path)
+            counts["read"] += 1
+        except ValueError as error:
+            assert (name or path.name) in str(error)
+            counts["refused"] += 1
+
+    picture, files = to_pil(photo(1, 20, 30)), {}
+    for ending in ("png", "jpg", "bmp", "webp", "tif"):
+        files[save(picture, tmp_path / f"a.{ending}")] = evaluate.read_image
+    restorer = models.Restorer(2, (1,), 1, (1,))
+    adapter = prompt_adapter.PromptAdapter(4, 2, channels=1, centered=True)
+    models.save_restorer(restorer, tmp_path / "r.safetensors")
+    prompt_adapter.save_adapter(adapter, tmp_path / "p.safetensors")
+    torch.save(restorer.state_dict(), tmp_path / "w.pth")
+    files |= {tmp_path / "r.safetensors": models.load_restorer, tmp_path / "w.pth":
+              models.read_weights, tmp_path / "p.safetensors": prompt_adapter.load_adapter}
+    for path, read in files.items():
+        data = path.read_bytes()
+        for i in range(50):
+            mutated = path.with_name(f"mutated-{i}{path.suffix}")
+            mutated.write_bytes(mutate(rng, data))
+            check(read, mutated)
+    for network, key, read in ((restorer, "restorer", models.load_restorer),
+                               (adapter, "adapter", prompt_adapter.load_adapter)):
+        for i in range(50):
+            path = tmp_path / f"metadata-{i}.safetensors"
+            save_file(network.state_dict(), path,
+                      metadata={key: json.dumps(mutate_json(rng, network.config))})
+            check(read, path)
+    arguments = d4ir.parse(["--task", "desnow", "--out", str(tmp_path / "run")])
+    run, config = d4ir.Run(arguments), tmp_path / "run/config.json"
+    d4ir.check_run_folder(run)
+    (tmp_path / "run/adapter.safetensors").write_bytes(b"")        # settings of the adapter count
+    text = config.read_text()
+    for i in range(100):
+        settings = json.dumps(mutate_json(rng, json.loads(text)))
+        config.write_bytes(mutate(rng, text.encode()) if i % 2 else settings.encode())
+        check(lambda path: d4ir.check_run_folder(run), config, name=str(tmp_path / "run"))
+    config.write_text("[" * 100_000)
+    check(lambda path: d4ir.check_run_folder(run), config, name=str(tmp_path / "run"))
+    assert counts["refused"] > 200 and counts["read"] > 20, counts
+    assert peak() - before < 1000
 
 
 # ---------------------------------------------------------------- experiments

@@ -79,10 +79,7 @@ def write_photos(folder, weather, wanted=("degraded", "clean", "test"), degraded
     jobs = []                                   # (photo, path of the clean image, of the degraded)
     if "degraded" in wanted:
         for i in range(degraded):
-            kind = weather[i % len(weather)]
-            index = 10_000 * KINDS.index(kind) + i
-            photo = Photo("web-degraded", index, kind, "web", *WEB_SIZE)
-            jobs.append((photo, None, folder / f"degraded/{i:04d}.png"))
+            jobs.append((degraded_photo(weather, i), None, folder / f"degraded/{i:04d}.png"))
     if "clean" in wanted:
         for i in range(clean):
             photo = Photo("web-clean", i, "clear", "web", *WEB_SIZE)
@@ -110,6 +107,18 @@ def write_photos(folder, weather, wanted=("degraded", "clean", "test"), degraded
             done = pool.imap_unordered(write_photo, jobs, 4)
             for _ in tqdm(done, "photos  ", len(jobs), disable=None):
                 pass
+
+
+def degraded_photo(weather, i):
+    """Number i of the folder `degraded`."""
+    kind = weather[i % len(weather)]
+    return Photo("web-degraded", 10_000 * KINDS.index(kind) + i, kind, "web", *WEB_SIZE)
+
+
+def captions(weather, count):
+    """The exact captions of the first `count` photos of the folder `degraded`."""
+    photos = [degraded_photo(weather, i) for i in range(count)]
+    return [", ".join(render_photo(photo)[2]) for photo in photos]
 
 
 def write_photo(job):

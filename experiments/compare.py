@@ -134,9 +134,10 @@ class Bench:
         run.out.mkdir(parents=True, exist_ok=True)
         return run
 
-    def adapter(self, name, degraded=None, **settings):
-        """A row's adapter, trained on the photos of --degraded or on the given ones."""
-        run = self.variant(name, adapter=settings)
+    def adapter(self, name, degraded=None, synth={}, **settings):
+        """A row's adapter, trained on the photos of --degraded or on the given ones. synth: of the
+        images in its adapter.png."""
+        run = self.variant(name, adapter=settings, synth=synth)
         run.clean = self.photos("clean", run.size)
         run.degraded = degraded or self.photos("degraded", run.size)
         path = run.out / "adapter.safetensors"
@@ -167,7 +168,8 @@ class Bench:
             return None
         if row.images is not None:
             return row.images(self)
-        adapter = self.adapter(name if row.adapter else "d4ir", **row.adapter)
+        own = dict(synth=row.synth, **row.adapter) if row.adapter else {}
+        adapter = self.adapter(name if row.adapter else "d4ir", **own)
         return self.synthesize(name, adapter, **row.synth)
 
     def changes_nothing(self, name):
@@ -382,6 +384,7 @@ def check_settings(run, original):
             raise ValueError(f"{run.out} was made with other settings: {'; '.join(differences)}. "
                              "Use the same settings or another --out, or delete the folder")
     run.out.mkdir(parents=True, exist_ok=True)
+    run.lock = d4ir.lock_folder(run.out)
     d4ir.write_text(file, json.dumps(settings, indent=2))
 
 

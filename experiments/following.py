@@ -1,0 +1,149 @@
+"""Does a synthesized photo show the weather of the degraded photo whose prompt it was made with?
+
+    python -m experiments.following --task desnow       # results/following-desnow.json and .png
+
+Takes the flags of d4ir.py and uses the adapter and the images of its run folder (--out), which the
+same command makes first if they are missing. With r = x - T(x), what the teacher T removes from a
+photo x, three properties of the weather are
+
+    amount = mean |r|
+    lean   = 2 J_xy / (J_xx + J_yy) = sin(2 theta) * coherence,   J: structure tensor of r
+    scale  = spectral centroid of r, in cycles per px
+
+The result is the Spearman correlation of each between degraded photos and what is synthesized from
+them. "captions" are the renderer's exact descriptions of the same photos in place of the learned
+prompts (demo photos only); "ceiling" is the correlation between two crops of one degraded photo.
+"""
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import d4ir
+from evaluate import figure, list_images, read_image
+from prompt_adapter import load_adapter
+from synth import draw_crops, synthesize_pairs
+
+PROPERTIES = ("amount", "lean", "scale")
+
+
+def weather_properties(removed):
+    """amount, lean and scale of r (3,H,W): an array (3,)."""
+    r = removed.mean(0).double().numpy()                                # (H,W)
+    d_y, d_x = np.gradient(r)
+    j_xx, j_yy, j_xy = (d_x ** 2).mean(), (d_y ** 2).mean(), (d_x * d_y).mean()
+    power = np.abs(np.fft.rfft2(r - r.mean())) ** 2                     # (H,W/2+1)
+    f_y, f_x = np.fft.fftfreq(r.shape[0])[:, None], np.fft.rfftfreq(r.shape[1])[None]
+    centroid = (np.hypot(f_y, f_x) * power).sum() / (power.sum() + 1e-12)
+    lean = 2 * j_xy / (j_xx + j_yy + 1e-12)
+    return np.array([float(removed.abs().mean()), lean, centroid])
+
+
+@torch.no_grad()
+def measure(run, images):
+    """The properties of the weather in images (3,H,W) in [0,1]: an array (n,3)."""
+    rows = []
+    for image in images:
+        x = image[None].to(run.device)
+        rows.append(weather_properties((x - run.teacher(x).clamp(0, 1))[0].float().cpu()))
+    return np.stack(rows)
+
+
+def spearman(a, b):
+    """Rank correlation of each property between two arrays (n,3): {"amount", "lean", "scale"}."""
+    rank = lambda x: x.argsort(0).argsort(0)
+    return {name: float(np.corrcoef(rank(a)[:, i], rank(b)[:, i])[0, 1])
+            for i, name in enumerate(PROPERTIES)}
+
+
+def photo_number(run, index):
+    """The number of the degraded photo behind synthesized image `index`, as synth.draw_crops
+    chooses it."""
+    return int(np.random.default_rng([run.args.seed, index, 1]).integers(len(run.degraded)))
+
+
+def second_crops(run, indices):
+    """Another crop (3,size,size) in [0,1] of the degraded photo behind each image."""
+    return [draw_crops([run.degraded[photo_number(run, i)]], run.size, run.args.seed, [i], 2)[0]
+            for i in indices]
+
+
+def exact_captions(run):
+    """The renderer's description of every degraded photo; None if they are not the demo's."""
+    if run.args.degraded.resolve() != (run.out / "demo" / run.args.task / "degraded").resolve():
+        return None
+    from demo import photos
+    count = len(list_images(run.args.degraded))
+    return photos.captions(d4ir.TASKS[run.args.task].weather, count)
+
+
+def synthesize_captions(run, captions):
+    """D4IR's images with the exact caption of each degraded photo in place of its prompt."""
+    images, batch = [], run.synth.batch
+    for first in tqdm(range(0, run.synth.images, batch), "captions", disable=None):
+        indices = range(first, min(first + batch, run.synth.images))
+        clean = draw_crops(run.clean, run.size, run.args.seed, indices, 0)
+        degraded = draw_crops(run.degraded, run.size, run.args.seed, indices, 1)
+        texts = [captions[photo_number(run, i)] for i in indices]
+        prompts = run.sd.text_prompt(texts, run.adapter.tokens)
+        generator = torch.Generator().manual_seed(run.args.seed * 1_000_003 + first)
+        images += synthesize_pairs(clean, degraded, lambda x: prompts, run.sd, run.synth,
+                                   generator).cpu()
+    return images
+
+
+def following_figure(run, captions, path, count=8):
+    """One clean photo and one noise with the prompts of several degraded photos."""
+    seed, indices = run.args.seed, range(count)
+    clean = draw_crops(run.clean, run.size, seed, [0], 0)
+    degraded = draw_crops(run.degraded, run.size, seed, indices, 1)
+    adapter = load_adapter(run.out / "adapter.safetensors", run.device)
+    prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in degraded]}
+    if captions:
+        prompts["from its exact caption"] = [
+            run.sd.text_prompt(captions[photo_number(run, i)], run.adapter.tokens)
+            for i in indices]
+    columns = {"degraded": degraded}
+    for title, values in prompts.items():
+        columns[title] = [
+            synthesize_pairs(clean, x[None], lambda _: prompt, run.sd, run.synth,
+                             torch.Generator().manual_seed(seed))[0]
+            for x, prompt in zip(degraded, values)]
+    figure(columns, path)
+
+
+def main(argv=None):
+    parser = d4ir.Parser(prog="experiments.following", description=__doc__, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter,
+                         epilog="and the flags of d4ir.py (see python d4ir.py --help)")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
+    own, rest = parser.parse_known_args(argv)
+    run = d4ir.main([*rest, "--stage", "adapter", "synth"])
+    args, indices = run.args, range(run.synth.images)
+    degraded = measure(run, draw_crops(run.degraded, run.size, args.seed, indices, 1))
+    images = [read_image(path) / 255 for path in list_images(run.out / "synth")]
+    captions = exact_captions(run)
+    result = {"task": args.task, "n_images": len(images),
+              "d4ir": spearman(degraded, measure(run, images))}
+    if captions:
+        made = synthesize_captions(run, captions)
+        result["captions"] = spearman(degraded, measure(run, made))
+    result["ceiling"] = spearman(degraded, measure(run, second_crops(run, indices)))
+    command = ["python", "-m", "experiments.following", *(sys.argv[1:] if argv is None else argv)]
+    result |= {"command": shlex.join(command), "date": time.strftime("%Y-%m-%d"),
+               "seed": args.seed}
+    own.results.mkdir(parents=True, exist_ok=True)
+    path = own.results / f"following-{args.task}"
+    following_figure(run, captions, path.with_suffix(".png"))
+    d4ir.write_text(path.with_suffix(".json"), json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    d4ir.run_command(main)
