@@ -35,7 +35,7 @@ import evaluate
 import models
 import prompt_adapter
 import synth
-from experiments import compare, gan, weather
+from experiments import compare, following, gan, weather
 
 HERE = Path(__file__).resolve().parent
 MINI = demo.WEIGHTS / "mini-sd"
@@ -2073,6 +2073,35 @@ def test_the_row_of_the_papers_method_runs_no_addition(go_compare, monkeypatch):
         go_compare("--rows", "no-anchor", "--seeds", "1")
 
 
+def test_properties_of_the_weather():
+    """Streaks that lean the other way, finer ones and fainter ones."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    streaks = lambda slope, period: torch.sin(
+        (x + slope * y) * 2 * math.pi / period).expand(3, 64, 64)
+    amount, lean, scale = following.weather_properties(streaks(1, 16))
+    assert following.weather_properties(streaks(-1, 16))[1] == pytest.approx(-lean, abs=0.05)
+    assert abs(lean) > 0.9 and scale == pytest.approx(2 ** 0.5 / 16, rel=0.1)
+    assert following.weather_properties(streaks(1, 8))[2] == pytest.approx(2 * scale, rel=0.1)
+    assert following.weather_properties(0.5 * streaks(1, 16))[0] == pytest.approx(amount / 2)
+    a = np.random.default_rng(0).normal(size=(9, 3))
+    assert following.spearman(a, np.exp(a)) == pytest.approx(dict.fromkeys(following.PROPERTIES, 1))
+
+
+def test_following(demo_run, folders, tmp_path):
+    """For the demo's photos, whose exact captions are known, and for a user's own."""
+    out, _ = demo_run
+    command = ["--task", "desnow", *TINY, "--results", str(tmp_path)]
+    following.main([*command, "--out", str(out)])
+    result = json.loads((tmp_path / "following-desnow.json").read_text())
+    for name in ("d4ir", "captions", "ceiling"):
+        assert set(result[name]) == {"amount", "lean", "scale"}
+    assert result["n_images"] == 6 and (tmp_path / "following-desnow.png").exists()
+    own = ["--degraded", str(folders / "bad"), "--clean", str(folders / "good")]
+    following.main([*command, *own, "--out", str(tmp_path / "own")])
+    result = json.loads((tmp_path / "following-desnow.json").read_text())
+    assert "captions" not in result and "ceiling" in result
+
+
 @pytest.mark.slow
 def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
     command = ["--task", "all", "--student-width", "4", "--out", tmp_path / "run", "--seeds", "1",
@@ -2147,6 +2176,15 @@ def test_the_house():
     for path in [*HERE.glob("*.py"), *HERE.glob("demo/*.py"), *HERE.glob("experiments/*.py")]:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert all(len(line) <= 100 for line in lines), path.name
+
+
+def test_the_snippet_of_the_readme(demo_run):
+    out, _ = demo_run
+    (snippet,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    scope = {}
+    exec(snippet.replace("runs/desnow", str(out)).replace("demo/weights", str(demo.WEIGHTS)), scope)
+    image = scope["image"]
+    assert image.shape == (1, 3, 96, 96) and image.min() >= 0 and image.max() <= 1
 
 
 def test_the_method_works_without_the_demo(own_photos, tmp_path):
