@@ -63,12 +63,13 @@ class Task:
     captions: tuple                     # baseline prompts; addition caption_base: their mean
     weather: tuple                      # kinds of weather in the demo's photos
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
+    demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
 
 
 TASKS = {
     "derain": Task(("a photo in heavy rain",), ("rain",)),
-    "dehaze": Task(("a photo in heavy haze",), ("haze",),
-                   dict(anchor=False, veil=True, guidance=8.0)),
+    "dehaze": Task(("a photo in heavy haze",), ("haze",), dict(guidance=8.0),
+                   demo_additions=False),
     "desnow": Task(("a photo in heavy snow",), ("snow",)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
                 ("haze", "rain", "snow"), dict(distill_steps=4500)),
@@ -348,7 +349,9 @@ def parse(argv):
     off = {flag.replace("-", "_"): value for flag, value in additions_off().items()}
     args = parser.parse_args(argv)
     if demo and Path(args.sd).resolve() == (demo.WEIGHTS / "mini-sd").resolve():
-        parser.set_defaults(**demo.SETTINGS | TASKS[args.task].demo_settings)
+        task = TASKS[args.task]
+        parser.set_defaults(**demo.SETTINGS | ({} if task.demo_additions else off)
+                            | task.demo_settings)
     if args.no_additions:
         parser.set_defaults(**off)
     args = parser.parse_args(argv)

@@ -162,7 +162,7 @@ class Crops:
         rng, n = np.random.default_rng([self.seed, step]), len(self.images)
         sources = [self.images] if self.targets is None else [self.images, self.targets]
         columns = [[] for _ in sources]
-        for i in rng.choice(n, self.batch, replace=n < self.batch):
+        for i in shuffled_epochs(n, step * self.batch, self.batch, self.seed):
             y, x = (int(rng.integers(side - self.crop + 1)) for side in self.images[i].shape[-2:])
             mirror = rng.random() < 0.5
             for column, source in zip(columns, sources):
@@ -185,6 +185,14 @@ def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
             raise ValueError(f"the teacher's output for image {name} is not finite in {dtype}")
         outputs.append(y[0].float().clamp(0, 1).half().cpu())
     return outputs
+
+
+def shuffled_epochs(n, first, count, seed):
+    """Samples first ... first + count - 1 of an endless sequence of shuffles of 0 ... n - 1."""
+    epochs = range(first // n, (first + count - 1) // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch, n]).permutation(n)
+                            for epoch in epochs])
+    return order[first % n:][:count]
 
 
 def batches_from(loader, step):

@@ -333,8 +333,8 @@ class CropPairs:
 
     def batch_at(self, step):
         rng, rows, f = np.random.default_rng([self.seed, step]), [], self.factor
-        n = len(self.photos)
-        for i in rng.choice(n, self.batch, replace=n < self.batch):
+        first = step * self.batch
+        for i in shuffled_epochs(len(self.photos), first, self.batch, self.seed):
             z, photo, side = self.latents[i], self.photos[i], self.size // f
             corners = rng.integers([z.shape[1] - side + 1, z.shape[2] - side + 1], size=(9, 2))
             distances = abs(corners[1:] - corners[0]).max(1)
@@ -344,6 +344,14 @@ class CropPairs:
                          photo[:, y_b * f:y_b * f + self.size, x_b * f:x_b * f + self.size],
                          torch.tensor(i)))
         return [torch.stack(column) for column in zip(*rows)]
+
+
+def shuffled_epochs(n, first, count, seed):
+    """Samples first ... first + count - 1 of an endless sequence of shuffles of 0 ... n - 1."""
+    epochs = range(first // n, (first + count - 1) // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch, n]).permutation(n)
+                            for epoch in epochs])
+    return order[first % n:][:count]
 
 
 def batches_from(loader, step):

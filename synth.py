@@ -42,9 +42,8 @@ class SynthConfig:
     scheduler: str = "dpm"      # ODE solver: ddim, or dpm for DPM-Solver++(2M)
     negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
     anchor: bool = False        # addition: restore the clean photo's fine detail; 2 trajectories
-    veil: bool = False          # addition: keep only smooth changes (haze); 2 trajectories
 
-    ADDITIONS = {"negative_prompt": "", "anchor": False, "veil": False}     # and their off values
+    ADDITIONS = {"negative_prompt": "", "anchor": False}        # and the values that mean "off"
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:
@@ -54,8 +53,6 @@ class SynthConfig:
         if self.scheduler not in SOLVERS:
             raise ValueError(f"scheduler must be one of {', '.join(SOLVERS)}, "
                              f"not {self.scheduler!r}")
-        if self.anchor and self.veil:
-            raise ValueError("anchor and veil are alternatives: switch one of them off")
 
     def active_additions(self):
         """Names of the additions that are switched on."""
@@ -167,76 +164,40 @@ def choose_timesteps(total, strength, steps):
 # ---------------------------------------------------------------- Additions (ours)
 
 @torch.no_grad()
-def synthesize_with_additions(clean, prompts, sd, config, generator=None, degraded=None):
-    """`synthesize` with a negative prompt, and with the anchor or the veil. Same shapes and errors.
-
-    degraded: (B,3,H,W) in [0,1], the photos behind `prompts`; the veil takes their brightness.
-
-    Strong weather needs a high strength, at which fine content is lost in noise. Anchor and veil
-    get it back from a second trajectory with the same noise, denoised with the negative prompt
-    alone, to `plain` = D(z_-): it has lost the same detail and shows no weather.
-    """
+def synthesize_with_additions(clean, prompts, sd, config, generator=None):
+    """`synthesize` with a negative prompt and, optionally, the anchor. Same shapes and errors."""
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
     negative = sd.text_prompt(config.negative_prompt, prompts.shape[1])         # (1,N,d)
-    clean = clean.to(sd.device)
     z_0 = sd.encode(clean)
     noise = randn_tensor(z_0.shape, generator, z_0.device)
-    z_plain = z_weather = perturb(z_0, noise, sd, timesteps[0])
-    if config.veil and degraded is not None:
-        brighter = match_brightness(clean, degraded.to(sd.device))
-        z_weather = perturb(sd.encode(brighter), noise, sd, timesteps[0])
-    image = sd.decode(denoise(z_weather, prompts, sd, timesteps, config.guidance, negative,
+    z = perturb(z_0, noise, sd, timesteps[0])
+    image = sd.decode(denoise(z, prompts, sd, timesteps, config.guidance, negative,
                               config.scheduler))
-    if not (config.anchor or config.veil):
+    if not config.anchor:
         return image
-    plain = sd.decode(denoise(z_plain, negative.expand_as(prompts), sd, timesteps,
-                              scheduler=config.scheduler))
-    return add_anchor(image, plain, clean) if config.anchor else add_veil(image, plain, clean)
+    plain = denoise(z, negative.expand_as(prompts), sd, timesteps, scheduler=config.scheduler)
+    return add_anchor(image, sd.decode(plain), clean.to(sd.device))
 
 
 def add_anchor(image, plain, clean):
-    """Anchor: x = D(z_P) + a (x_c - D(z_-)). Adds back the detail that both trajectories lost.
+    """Anchor: x = D(z_P) + a (x_c - D(z_-)), the detail that denoising loses, added back.
 
-    image = D(z_P), plain = D(z_-), clean: (B,3,H,W) in [0,1]. Returns the same shape and range.
-    a in [0,1] is the contrast that the weather leaves at each pixel: little in dense haze.
+    image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns the same.
+    Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts at
+    the same noise but is denoised with the negative prompt alone: it has lost the same detail, and
+    shows no weather. a is the contrast that the weather leaves.
     """
-    a, _ = fit_locally(image, plain)
-    return (image + a * (clean - plain)).clamp(0, 1)
+    return (image + remaining_contrast(image, plain) * (clean - plain)).clamp(0, 1)
 
 
-def add_veil(image, plain, clean):
-    """Veil: x = a x_c + b with smooth a, b, such that D(z_P) is about a D(z_-) + b.
-
-    Shapes as in `add_anchor`. Haze has no shape of its own (Koschmieder's law is of this form), so
-    any other difference between the trajectories is content that the U-Net invented.
-    """
-    a, b = fit_locally(image, plain)
-    return (box_mean(a) * clean + box_mean(b)).clamp(0, 1)
-
-
-def match_brightness(clean, degraded):
-    """Shifts each clean photo (B,3,H,W) to the mean brightness of its degraded photo: haze is
-    bright, and brightness survives even the highest noise level, so the U-Net cannot add it."""
-    shift = degraded.mean((1, 2, 3), keepdim=True) - clean.mean((1, 2, 3), keepdim=True)
-    return (clean + shift).clamp(0, 1)
-
-
-def fit_locally(image, plain):
-    """Least-squares a, b of image = a plain + b around each pixel (guided filter, He et al. 2010).
-
-    image, plain: (B,3,H,W). Returns a (B,1,H,W) in [0,1], shared by the channels, and b (B,3,H,W).
-    """
-    mean_plain, mean_image = box_mean(plain), box_mean(image)
-    covariance = (box_mean(plain * image) - mean_plain * mean_image).sum(1, keepdim=True)
-    variance = (box_mean(plain * plain) - mean_plain ** 2).sum(1, keepdim=True)
+def remaining_contrast(image, plain):
+    """a of the least-squares fit image = a plain + b in 17x17 px around each pixel: (B,3,H,W) in
+    [0,1] to (B,1,H,W) in [0,1], shared by the channels (guided filter, He et al. 2010)."""
+    mean = lambda x: F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)
+    covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
+    variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
     eps = 3e-4                                              # where all is flat, a is 1
-    a = ((covariance + eps) / (variance + eps)).clamp(0, 1)
-    return a, mean_image - a * mean_plain
-
-
-def box_mean(x):
-    """Mean over 17x17 px around each pixel: (B,C,H,W) to the same."""
-    return F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)
+    return ((covariance + eps) / (variance + eps)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- folders of images
@@ -260,7 +221,7 @@ def synthesize_pairs(clean, degraded, adapter, sd, config, generator=None):
     """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1]."""
     prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
     if config.active_additions():
-        return synthesize_with_additions(clean, prompts, sd, config, generator, degraded)
+        return synthesize_with_additions(clean, prompts, sd, config, generator)
     return synthesize(clean, prompts, sd, config, generator)
 
 

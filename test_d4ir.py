@@ -314,6 +314,9 @@ def test_a_batch_follows_from_seed_and_step(sd):
         later = next(iter(module.batches_from(make(0), 3)))
         assert all(torch.equal(x, y) for x, y in zip(first[3], later)), name
         assert not torch.equal(first[3][1], next(iter(make(1)))[1])
+        order = np.concatenate([module.shuffled_epochs(5, 3 * i, 3, 0) for i in range(5)])
+        for epoch in order.reshape(3, 5):                  # every photo once per epoch
+            assert sorted(epoch) == [0, 1, 2, 3, 4]
     plain = module.batches_from(["a", "b", "c"], 4)        # any other iterable is repeated
     assert [next(plain) for _ in range(3)] == ["b", "c", "a"]
 
@@ -429,7 +432,6 @@ def test_synthesize_is_repeatable_and_checks_its_inputs(sd):
     assert synth.synthesize(clean, prompts, sd, make_config()).shape == clean.shape
     for wrong, message in (({"strength": 0.0}, "strength"), ({"strength": 1.1}, "1.1"),
                            ({"scheduler": "euler"}, "ddim"), ({"guidance": math.nan}, "nan"),
-                           ({"anchor": True, "veil": True}, "alternatives"),
                            ({"strength": 0.001}, "steps must be in 1..1")):
         with pytest.raises(ValueError, match=message):
             go(1, **wrong)
@@ -465,8 +467,7 @@ def forbid(monkeypatch, module, *names):
 
 
 def forbid_additions(monkeypatch):
-    forbid(monkeypatch, synth, "synthesize_with_additions", "add_anchor", "add_veil",
-           "match_brightness", "fit_locally", "box_mean")
+    forbid(monkeypatch, synth, "synthesize_with_additions", "add_anchor", "remaining_contrast")
     forbid(monkeypatch, prompt_adapter, "centering", "jitter")
 
 
@@ -484,7 +485,7 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
 
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
-    assert set(off) == {"negative-prompt", "anchor", "veil", "adapter-t-max", "adapter-jitter",
+    assert set(off) == {"negative-prompt", "anchor", "adapter-t-max", "adapter-jitter",
                         "adapter-cross-crop", "adapter-caption-base"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
@@ -500,18 +501,17 @@ def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     assert "--no-additions contradicts --anchor" in capsys.readouterr().err
 
 
-def test_the_anchor_restores_detail_and_the_fit_finds_the_transmission(sd):
+def test_the_anchor_restores_detail_and_fades_with_the_contrast(sd):
     """A prompt that equals the negative one changes nothing, so the clean photo comes back."""
     clean, text = photo(1, 64, 72)[None], "a photo in clear weather"
     go = lambda **more: synth.synthesize_with_additions(
         clean, sd.text_prompt(text, 4), sd,
         make_config(strength=0.8, guidance=3.0, negative_prompt=text, **more))
     assert torch.allclose(go(anchor=True), clean, atol=1e-4)
-    assert torch.allclose(go(veil=True), clean, atol=1e-4)
     assert not torch.allclose(go(), clean, atol=0.2)
     plain = noise(1, 2, 3, 40, 48).sigmoid()
-    for fitted, true in zip(synth.fit_locally(0.4 * plain + 0.5, plain), (0.4, 0.5)):
-        assert torch.allclose(fitted, torch.tensor(true), atol=0.02)
+    a = synth.remaining_contrast(0.4 * plain + 0.5, plain)         # haze of transmission 0.4
+    assert a.shape == (2, 1, 40, 48) and torch.allclose(a, torch.tensor(0.4), atol=0.02)
 
 
 def test_the_negative_prompt_matters(sd):
@@ -523,45 +523,17 @@ def test_the_negative_prompt_matters(sd):
     assert torch.equal(go(""), plain)
 
 
-def test_the_veil_drops_shapes_and_keeps_haze():
-    """Even haze passes exactly; a pattern that the U-Net invents does not."""
-    clean = photo(1, 64, 72)[None]
-    hazy, pattern = 0.4 * clean + 0.5, torch.rand(1, 1, 64, 72,
-                                                  generator=torch.Generator().manual_seed(0)) - 0.5
-    off = lambda x: (x - hazy).abs().mean()
-    assert off(synth.add_veil(hazy, clean, clean)) < 0.01
-    assert off(synth.add_anchor(hazy + 0.2 * pattern, clean, clean)) > 0.04
-    assert off(synth.add_veil(hazy + 0.2 * pattern, clean, clean)) < 0.02
-
-
-def test_the_veil_starts_at_the_brightness_of_the_degraded_photo(sd, monkeypatch):
-    clean, seen = 0.3 * photo(1, 64, 72)[None], []
-    encode = type(sd).encode
-
-    def spy(self, x):
-        seen.append(x.mean().item())
-        return encode(self, x)
-
-    monkeypatch.setattr(type(sd), "encode", spy)
-    degraded, own = torch.full((1, 3, 8, 8), 0.6), clean.mean().item()
-    for name, means in (("veil", [own, 0.6]), ("anchor", [own])):
-        seen.clear()
-        image = synth.synthesize_with_additions(clean, sd.null_prompt(4), sd,
-                                                make_config(**{name: True}), degraded=degraded)
-        assert seen == pytest.approx(means, abs=1e-3) and image.shape == clean.shape
-
-
 def test_settings_of_the_demo_apply_to_its_stable_diffusion_alone():
     def settings(*flags):
         args = d4ir.parse(["--task", *flags])
-        return args.veil, args.anchor, args.guidance, args.strength
+        return args.anchor, args.guidance, args.strength
 
     demo_strength, guidance = demo.SETTINGS["strength"], demo.SETTINGS["guidance"]
-    assert settings("dehaze") == (True, False, 8.0, demo_strength)
-    assert settings("desnow") == settings("all") == (False, True, guidance, demo_strength)
-    assert settings("dehaze", "--no-veil", "--guidance", "2") == (False, False, 2.0, demo_strength)
+    assert settings("dehaze") == (False, 8.0, demo_strength)
+    assert settings("desnow") == settings("all") == (True, guidance, demo_strength)
+    assert settings("dehaze", "--anchor", "--guidance", "2") == (True, 2.0, demo_strength)
     default = synth.SynthConfig()
-    assert settings("dehaze", "--sd", "other") == (False, False, default.guidance, default.strength)
+    assert settings("dehaze", "--sd", "other") == (False, default.guidance, default.strength)
 
 
 def test_a_cpu_without_bf16_uses_fp32(monkeypatch):
@@ -1453,7 +1425,7 @@ def test_own_photos(own_photos, tmp_path):
 
 
 def test_the_papers_method_alone_by_command_line(own_photos, tmp_path):
-    done = run("--task", "dehaze", *own_photos, "--out", tmp_path / "run", "--no-additions")
+    done = run("--task", "derain", *own_photos, "--out", tmp_path / "run", "--no-additions")
     assert done.returncode == 0, done.stderr
     assert "additions: none (the paper's method)" in done.stdout
     assert json.loads((tmp_path / "run/config.json").read_text())["additions"] == []
@@ -1501,7 +1473,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
              (["--strength", "0"], "strength"), (["--tokens", "99"], "tokens"),
              (["--steps", "999"], "steps must be"), (["--size", "60"], "multiple of 16"),
              (["--scheduler", "euler"], "ddim"), (["--device", "tpu"], "--device tpu"),
-             (["--veil"], "alternatives"), (["--stage", "distill"], "run --stage synth first"),
+             (["--stage", "distill"], "run --stage synth first"),
              (["--distill-crop", "999"], "larger than the images, 96 px"),
              (["--teacher", f"{net}:Halving@{weights}"], "teacher-multiple"),
              (["--teacher", f"{net}:Fourier@{weights}", "--precision", "bf16"],
@@ -2051,7 +2023,7 @@ def test_comparison_shares_resumes_and_refuses(go_compare, tmp_path, monkeypatch
     (tmp_path / "run/d4ir/synth/000005.png").unlink()
     rows, _ = go_compare()
     assert rows["d4ir"]["psnr_rgb"]["mean"] == pytest.approx(psnr["d4ir"], abs=1e-3)
-    assert set(rows) == {"input", "teacher", *compare.ROWS} - {"no-veil"}      # desnow has no veil
+    assert set(rows) == {"input", "teacher", *compare.ROWS}
     with pytest.raises(ValueError, match="lr was 0.002, now 0.01"):
         go_compare("--distill-lr", "0.01")
     with pytest.raises(ValueError, match="none: no such folder"):

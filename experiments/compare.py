@@ -72,7 +72,6 @@ ROWS = {
     "no-additions": ablation("additions (the paper's method)", "--no-additions",
                              AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS),
     "no-anchor": ablation("anchor", "--no-anchor", synth=dict(anchor=False)),
-    "no-veil": ablation("veil", "--no-veil", synth=dict(veil=False)),
     "no-negative": ablation("negative prompt", "--negative-prompt ''",
                             synth=dict(negative_prompt="")),
     "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
@@ -91,7 +90,7 @@ ROWS = {
                     reuses=("adapter", "synth")),
 }
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
-                        "no-veil", "no-negative", "no-base", "no-content", "d4ir")}
+                        "no-negative", "no-base", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
 
