@@ -1,6 +1,6 @@
 """D4IR: distils a large weather-restoration network into a small one without its training data.
 
-    python d4ir.py --task desnow                      # embedded demo: no download, no GPU
+    python d4ir.py --task desnow                      # bundled demo: no download, no GPU
     python d4ir.py --task desnow --no-additions       # the paper's method alone
     python d4ir.py --task desnow --sd stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --degraded snow/ --clean good/ --teacher net.py:PromptIR@promptir.ckpt --test Snow100K-L/
@@ -59,7 +59,7 @@ except ImportError:                     # the method works without demo/
 
 @dataclass(frozen=True)
 class Task:
-    """What is particular to a task. All values are our choice."""
+    """Task-specific settings. All values are our choice."""
     captions: tuple                     # baseline prompts; addition caption_base: their mean
     weather: tuple                      # kinds of weather in the demo's photos
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
@@ -85,8 +85,7 @@ PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt", "adapter.png", "log
 # ---------------------------------------------------------------- the method: four stages
 
 def main(argv=None):
-    """Runs the stages in order; each leaves its product in the run folder and is then skipped.
-    Returns the Run."""
+    """Runs the stages in order, skipping finished ones. Returns the Run."""
     run = Run(parse(argv))
     if not run.stages:                                      # restore, export
         return STANDALONE[run.args.stage[0]](run) if run.is_main else None
@@ -190,8 +189,8 @@ def base_prompt(run):
 
 
 def adapter_figure(run, adapter):
-    """adapter.png: one clean photo and noise, with the base prompt and with the prompts of several
-    degraded photos."""
+    """adapter.png: the same clean photo and noise, denoised with the base prompt and with the
+    prompts of several degraded photos."""
     seed, base = run.args.seed, base_prompt(run)
     degraded = draw_crops(run.degraded, run.size, seed, range(5), 1)            # (5,3,H,W)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
@@ -227,8 +226,8 @@ def load_photos(folder, size, run, flag):
     if not photos:
         raise ValueError(f"{flag} {folder}: none of its {len(files)} image files is readable")
     if small:
-        run.log(f"{flag}: {len(small)} of {len(photos)} photos are smaller than the crop of {size} "
-                "px and were enlarged")
+        run.log(f"{flag}: {len(small)} of {len(photos)} photos are smaller than the {size} px "
+                "crop and were upscaled")
     return photos
 
 
@@ -261,7 +260,7 @@ class Parser(argparse.ArgumentParser):
 
 # The config of each stage, and the prefix of its flags.
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
-MAX_PHOTO = 1024                        # px: photos whose shorter side is longer are reduced
+MAX_PHOTO = 1024                        # px: photos whose shorter side is longer are downscaled
 
 
 def flags(config):
@@ -311,14 +310,14 @@ def make_parser():
     add("--test", type=Path, metavar="DIR", help="paired benchmark folder (the demo's)")
     add("--out", type=Path, metavar="DIR", help="run folder (runs/TASK)")
     add("--restart", action="store_true",
-        help="delete and redo the stages from the first of --stage on")
+        help="delete and rerun the first stage in --stage and all later ones")
     add("--no-additions", action="store_true",
         help="the paper's method alone: switch off " + ", ".join(additions_off()))
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if available)")
     add("--precision", choices=("bf16", "fp16", "fp32"),
-        help="of Stable Diffusion and autocast; metrics always use fp32 (bf16; fp32 on a CPU "
+        help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a CPU "
              "without bf16 instructions)")
-    add("--seed", type=number(int, 0), default=0, help="of all random numbers (0)")
+    add("--seed", type=number(int, 0), default=0, help="random seed (0)")
     add("--tile", type=number(int, 0), default=1024, metavar="PX",
         help="restore larger photos in overlapping tiles of this size; 0: never (1024)")
     add("--input", type=Path, metavar="PATH", help="restore: a photo or a folder of photos")
@@ -357,7 +356,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     on = [name.replace("_", "-") for name, value in off.items() if getattr(args, name) != value]
     if args.no_additions and on:
-        parser.error(f"--no-additions contradicts --{on[0]}")
+        parser.error(f"--no-additions cannot be combined with --{on[0]}")
     if set(STANDALONE) & set(args.stage or ()) and len(args.stage) > 1:
         parser.error("--stage restore and --stage export cannot be combined with other stages")
     if args.stage == ["restore"] and not (args.input and args.output):
@@ -470,7 +469,7 @@ class Run:
 
 
 def check_inputs(run):
-    """Raises ValueError for wrong inputs before the long work; sets the default student width."""
+    """Raises ValueError for wrong inputs, before any expensive work. Sets the student's width."""
     args = run.args
     for need, stage in zip(STAGES, list(STAGES)[1:]):
         if stage in run.stages and need not in run.stages:
@@ -514,7 +513,7 @@ def check_inputs(run):
 
 
 def check_run_folder(run):
-    """Refuses a run folder made with other settings, removes what --restart redoes, and writes
+    """Rejects a run folder made with other settings, removes what --restart reruns, and writes
     config.json."""
     file, settings = run.out / "config.json", run.settings()
     redo = list(STAGES)[list(STAGES).index(run.stages[0]):] if run.args.restart else []
@@ -523,7 +522,7 @@ def check_run_folder(run):
         old = {stage: dict(old[stage]) for stage in STAGES}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         if file.exists() or any(map(run.has_started, STAGES)):
-            raise ValueError(f"{run.out} holds files but no config.json of this program: give "
+            raise ValueError(f"{run.out} contains files but no valid config.json; choose "
                              "another --out") from None
         old = settings
     if "evaluate" not in run.stages:
@@ -555,8 +554,9 @@ def check_run_folder(run):
 
 
 def lock_folder(folder):
-    """Takes a run folder for this process, and removes the temporary files of a killed one. The
-    lock ends with the returned file or with the process. Raises ValueError if another holds it."""
+    """Locks the run folder for this process and deletes temporary files left by a killed one. The
+    lock is held until the returned file is closed or the process exits. Raises ValueError if
+    another process holds it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     file.seek(0)
     last = file.read()                                      # the last process that used the folder
@@ -564,7 +564,7 @@ def lock_folder(folder):
         if fcntl:                                           # forked workers do not inherit lockf's
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or give "
+        raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or choose "
                          "another --out") from None
     except OSError:                                         # a file system without locks
         pass
@@ -577,15 +577,15 @@ def lock_folder(folder):
 
 
 def write_demo_photos(run):
-    """Photos that were not given come from the demo, as ordinary folders in the run folder."""
+    """Writes demo images into the run folder for every photo folder that was not specified."""
     args = run.args
     missing = [flag for flag in ("degraded", "clean", "test") if getattr(args, flag) is None]
     embedded = missing + [flag for flag in ("sd", "teacher")
                           if demo and str(demo.WEIGHTS) in getattr(args, flag)]
     if embedded:
-        run.log("from the embedded demo: " + ", ".join(f"--{flag}" for flag in embedded))
+        run.log("using the bundled demo for: " + ", ".join(f"--{flag}" for flag in embedded))
     if missing and demo is None:
-        raise ValueError(f"there is no demo/: give --{' and --'.join(missing)}")
+        raise ValueError(f"demo/ is missing; specify --{' and --'.join(missing)}")
     folder = run.out / "demo" / args.task
     if missing and run.is_main:
         from demo import photos
@@ -606,8 +606,8 @@ def interrupt(number, frame):
 
 
 def run_command(main):
-    """Runs main as a program: a user's mistake is one line on stderr, with exit code 2; a signal
-    to stop, with 130 (SIGINT) or 143 (SIGTERM)."""
+    """Runs main. User errors print one line to stderr and exit with code 2; SIGINT and SIGTERM exit
+    with 130 and 143."""
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
     for library in (diffusers, transformers):

@@ -1,4 +1,4 @@
-"""PKD, pixel-wise knowledge distillation: the student learns to give the teacher's outputs.
+"""PKD, pixel-wise knowledge distillation: trains the student to reproduce the teacher's outputs.
 
     loss = ||S(x) - T(x)||_1
 
@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 @dataclass
 class DistillConfig:
-    """PKD settings. All values are our choice, for large photos; not measured on them."""
+    """PKD settings. All values are our choice, for large photos; not tested on them."""
     steps: int = 60000          # updates
     batch: int = 16             # crops per update and process
     crop: int = 0               # px; 0: two thirds of the images' side, at most 256
     lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
-    keep_teacher: bool = True   # compute T(x) once per image and keep it; off: for every crop
+    keep_teacher: bool = True   # compute T(x) once per image and cache it; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
 
     def crop_size(self, side):
@@ -43,13 +43,13 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
     """Trains the student in place on the teacher's outputs.
 
     teacher, student: (B,3,h,w) in [0,1] to the same; the teacher is frozen, and may be None if the
-      loader brings its outputs.
+      loader provides its outputs.
     loader: batches x (B,3,h,w), uint8 or float in [0,1], or (x, T(x)), repeated until
       `config.steps` updates are done; see `Crops`.
     dtype: of the autocast around the forward pass; the student's weights stay float32.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "l1", "steps_per_s"}.
-    Returns the last mean L1; None if nothing was left to do.
+    Returns the last mean L1; None if training was already complete.
     Raises ValueError for an empty loader, or for a loss or weights that are not finite.
     """
     if not len(loader):
@@ -136,7 +136,7 @@ def learning_rate(progress):
 
 class Crops:
     """Endless batches of random crops, mirrored half of the time: x (B,3,crop,crop) uint8, or
-    (x, T(x)). Each batch follows from seed and step alone.
+    (x, T(x)). Each batch is a deterministic function of seed and step.
 
     images: list of (3,H,W) uint8. targets: T(x) for each of them, (3,H,W) in [0,1], or None.
     Raises ValueError if an image is smaller than the crop.

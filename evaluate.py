@@ -1,4 +1,4 @@
-"""How good a restorer is, in comparable metrics, and what it costs.
+"""Restoration quality (PSNR, SSIM) and computational cost.
 
     PSNR = 10 log10(255^2 / MSE)                                            dB
     SSIM = mean of (2 mu_a mu_b + C1)(2 s_ab + C2) / ((mu_a^2 + mu_b^2 + C1)(s_a^2 + s_b^2 + C2)),
@@ -9,7 +9,7 @@
 Outputs are first clamped and rounded to 8 bits, as in a saved PNG. Photos are evaluated whole:
 nothing is cropped or resized. RGB metrics are the mean over the channels; Y is computed from the
 rounded RGB and not rounded again. A set's value is the mean over its photos. For the same outputs,
-RGB and Y differ by 1.5 to 2 dB.
+PSNR of Y is typically 1.5 to 2 dB higher than that of RGB.
 """
 import csv
 import json
@@ -136,7 +136,7 @@ def restore(model, image, tile=1024, overlap=64):
     device = next(model.parameters()).device
 
     def run(x):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # GPU as CPU
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # no TF32, as on a CPU
             x = x[None].to(device, memory_format=torch.channels_last)
             return model(x)[0].float().clamp(0, 1).to(image.device)
 
@@ -187,7 +187,7 @@ def restore_folder(model, source, folder, tile=1024):
     targets = [folder / file.relative_to(root).with_suffix(".png") for file in files]
     overwritten = {path.resolve() for path in targets} & {file.resolve() for file in files}
     if overwritten:
-        raise ValueError(f"{overwritten.pop()} is one of the photos: give another --output")
+        raise ValueError(f"{overwritten.pop()} is one of the photos: choose another --output")
     uses, written = Counter(targets), 0
     for file, target in zip(tqdm(files, "restore", disable=None), targets):
         if uses[target] > 1:                               # b.jpg beside b.png
@@ -224,7 +224,7 @@ def cost(model, size=256, runs=5):
             model(x)
         for _ in range(runs):
             if x.is_cuda:
-                torch.cuda.synchronize(x.device)           # the clock needs a GPU sync point
+                torch.cuda.synchronize(x.device)           # synchronize before timing
             start = time.perf_counter()
             model(x)
             if x.is_cuda:
@@ -264,10 +264,10 @@ class LiveTensors(TorchDispatchMode):
 
 # ---------------------------------------------------------------- photos and paired folders
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 DEGRADED = {"input", "rainy", "rain", "hazy", "in", "synthetic", "snow", "lq", "degraded"}
 TRUTH = {"target", "norain", "clear", "gt"}
-# From the name of a degraded photo to that of its ground truth, without endings.
+# From the name of a degraded photo to that of its ground truth, without extensions.
 RULES = (lambda stem: stem,                                # the same name
          lambda stem: "no" + stem,                         # rain-001 to norain-001 (Rain100L)
          lambda stem: stem.split("_")[0])                  # 0001_0.8_0.2 to 0001 (SOTS)
@@ -295,7 +295,7 @@ def list_images(folder, recursive=False):
     images = []
     for path in Path(folder).rglob("*") if recursive else Path(folder).iterdir():
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in ENDINGS and not hidden and path.is_file():
+        if path.suffix.lower() in EXTENSIONS and not hidden and path.is_file():
             images.append(path)
     natural = lambda path: [int(part) if part.isdigit() else part
                             for part in re.split(r"(\d+)", str(path))]
@@ -366,7 +366,7 @@ def find_set(folder):
     if not truth and any(path.stem.startswith("norain") for path in list_images(folder)):
         truth = [folder]                                   # Rain100L's archive: one level up
     if degraded and truth and len(degraded + truth) > 2:
-        raise ValueError(f"{folder}: which folders belong together? degraded: "
+        raise ValueError(f"{folder}: ambiguous layout; degraded: "
                          f"{', '.join(p.name for p in degraded)}; truth: "
                          f"{', '.join(p.name for p in truth)}")
     return list(zip(degraded, truth))
@@ -380,8 +380,8 @@ def match_files(degraded, truth, name):
         if truth == degraded.parent and not path.stem.startswith("norain"):
             continue
         if path.stem in truths:
-            raise ValueError(f"{truth}: {truths[path.stem].name} and {path.name} share a name; "
-                             "which one is the truth?")
+            raise ValueError(f"{truth}: {truths[path.stem].name} and {path.name} share a name: "
+                             "ambiguous ground truth")
         truths[path.stem] = path
     unmatched = {rule: [p.name for p in inputs if rule(p.stem) not in truths] for rule in RULES}
     rule = min(RULES, key=lambda rule: len(unmatched[rule]))
@@ -506,8 +506,8 @@ def plot_losses(log, path):
     """Writes a PNG with one panel per stage and loss of a log.jsonl: the loss over the steps.
 
     log: a file with one JSON object per line: {"stage", "step", "steps_per_s", and the losses}. If
-    steps are repeated, after a resume or a restart, the later lines count. Writes nothing if there
-    is no loss.
+    steps are repeated, after a resume or a restart, later records take precedence. Writes nothing
+    if there is no loss.
     """
     curves = {}                                            # {title: {step: loss}}
     for line in Path(log).read_text(encoding="utf-8").splitlines():

@@ -230,15 +230,15 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
     conditioned_on_text = unet.config.addition_embed_type in (None, "text")
     same_width = unet.config.cross_attention_dim == text_encoder.config.hidden_size
     if not (conditioned_on_text and same_width):
-        raise ValueError(f"{source}: the U-Net needs other conditioning than the text encoder's "
+        raise ValueError(f"{source}: the U-Net needs conditioning beyond the text encoder's "
                          "tokens (SDXL?); SD 1.x or 2.x is needed")
     if unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"{source}: the U-Net takes the guidance as an input (an LCM?); plain SD "
                          "1.x or 2.x is needed")
-    # Without its files, transformers makes a tokenizer of two tokens and raises no error.
+    # Without its files, transformers silently builds a tokenizer of two tokens.
     if len(tokenizer) != text_encoder.config.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {len(tokenizer)} tokens, but the text "
-                         f"encoder {text_encoder.config.vocab_size}: is its folder complete?")
+                         f"encoder expects {text_encoder.config.vocab_size}; is it complete?")
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"{source}: prediction type {prediction_type!r} is not supported; it must "
@@ -255,7 +255,7 @@ def load_network(kind, source, name, **options):
     network, info = load_part(kind, source, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"{source}: the file of the {name} lacks {len(missing)} weights: "
+        raise ValueError(f"{source}: {name}: {len(missing)} weights are missing from the file: "
                          f"{', '.join(missing[:3])}")
     return network
 
@@ -289,7 +289,7 @@ def load_restorer(spec, device="cpu", multiple=1):
         file, name, arguments, weights = foreign.groups()
         network = build_network(Path(file), name, arguments or "()")
         load_matching(network, read_weights(Path(weights)), weights)
-        return ForeignRestorer(network, multiple).requires_grad_(False).eval().to(device)
+        return ExternalRestorer(network, multiple).requires_grad_(False).eval().to(device)
     path = Path(spec)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: not a readable network; it must be a .safetensors file of this "
@@ -298,7 +298,7 @@ def load_restorer(spec, device="cpu", multiple=1):
     with safe_open(path, "pt") as file:
         config = (file.metadata() or {}).get("restorer")
     if config is None:
-        raise ValueError(f"{path}: no Restorer in its metadata; load a network of your own as "
+        raise ValueError(f"{path}: its metadata names no Restorer; specify other networks as "
                          "FILE.py:NAME@WEIGHTS")
     model = build_restorer(config, state, path)
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -306,7 +306,7 @@ def load_restorer(spec, device="cpu", multiple=1):
 
 def build_restorer(config, state, path):
     """The Restorer described in a file's metadata, with the file's weights. It is built on the meta
-    device, which takes no memory, until its sizes are found to be those of the weights."""
+    device, which allocates no memory, until its shapes match those of the weights."""
     try:
         config = json.loads(config)
         counts = [config["middle"], len(config["encoder"]), *config["encoder"], *config["decoder"]]
@@ -316,7 +316,7 @@ def build_restorer(config, state, path):
             model = Restorer(**config)
         state = {key: value.float() for key, value in state.items()}
     except Exception as error:                             # any JSON can be in there
-        raise ValueError(f"{path}: its metadata describe no Restorer of this project "
+        raise ValueError(f"{path}: its metadata does not describe a valid Restorer "
                          f"({type(error).__name__}: {first_line(error)})") from None
     load_matching(model, state, path, assign=True)
     return model
@@ -355,9 +355,9 @@ def export_restorer(model, folder):
     return [folder / "student.pt2", folder / "student.onnx"]
 
 
-# ---------------------------------------------------------------- teachers of other projects
+# ---------------------------------------------------------------- third-party teachers
 
-class ForeignRestorer(nn.Module):
+class ExternalRestorer(nn.Module):
     """Another project's network. Pads its input to a multiple; keeps the first of several outputs.
 
     Raises ValueError if the network fails or changes the image's shape.
@@ -461,7 +461,7 @@ def read_weights(path):
     entries = state.items() if isinstance(state, dict) else ()
     tensors = {str(key): value for key, value in entries if torch.is_tensor(value)}
     if not tensors:
-        raise ValueError(f"{path}: no state_dict in it")
+        raise ValueError(f"{path}: contains no state_dict")
     return tensors
 
 

@@ -12,8 +12,8 @@ abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffus
 q, k     query, key    (B,D), unit length: embeddings of the two crops, k by the momentum encoder
 tau      temperature   scalar
 
-Contrast: two crops of one photo share its degradation and form the positive pair; crops of other
-photos are the negatives, held in a queue (MoCo, He et al. 2020). Additions of ours are marked.
+Contrastive pairs: two crops of one photo share its degradation (positive); crops of other photos
+are the negatives, held in a queue (MoCo, He et al. 2020). Additions of ours are marked.
 """
 import copy
 import io
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 @dataclass
 class AdapterConfig:
-    """DPA settings. All values are our choice, for Stable Diffusion 1.x/2.x; not measured on it."""
+    """DPA settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     tokens: int = 0             # N, tokens per prompt; 0: as many as the text encoder's
     steps: int = 3000           # updates
     batch: int = 16             # photos per update and process, two crops of each
@@ -44,11 +44,11 @@ class AdapterConfig:
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
     temperature: float = 0.2    # tau (MoCo v2: 0.2)
     queue: int = 512            # number of negatives
-    momentum: float = 0.99      # of the key encoder (MoCo: 0.999, for longer trainings)
+    momentum: float = 0.99      # of the key encoder (MoCo: 0.999, for longer schedules)
     save_every: int = 50        # updates between reports, which also write a checkpoint
     t_max: float = 1.0          # addition: train on noise levels below t_max * T only; off: 1
     jitter: float = 0.0         # addition: random contrast and tint of the adapter's input; off: 0
-    cross_crop: bool = False    # addition: the prompt that denoises crop a comes from crop b
+    cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
     caption_base: bool = False  # addition: prompts are centred on a caption's embedding
 
     ADDITIONS = {"t_max": 1.0, "jitter": 0.0, "cross_crop": False, "caption_base": False}
@@ -74,7 +74,7 @@ class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
     Three convolutional scales, each summarised by the mean and standard deviation of its features
-    over the photo, since degradation is the same everywhere and content is not. Then an MLP.
+    over the photo, because degradation is roughly uniform and content is not. Then an MLP.
 
     width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
     an untrained adapter gives for every photo (zeros). centered: addition, see `centering`.
@@ -89,8 +89,8 @@ class PromptAdapter(nn.Module):
         if base.shape != (1, tokens, width):
             raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}")
         c, hidden = channels, 16 * channels
-        self.scales = nn.ModuleList([half_size(3, c, 2 * c), half_size(2 * c, 2 * c, 4 * c),
-                                     half_size(4 * c, 4 * c, 8 * c)])
+        self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
+                                     downsample(4 * c, 4 * c, 8 * c)])
         self.mix = nn.Sequential(nn.LayerNorm(28 * c), nn.Linear(28 * c, hidden), nn.SiLU())
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                         centering(hidden) if centered else nn.Identity(),
@@ -116,7 +116,7 @@ class PromptAdapter(nn.Module):
         return prompts
 
 
-def half_size(inner, middle, outer):
+def downsample(inner, middle, outer):
     """Two convolutions: (B,inner,H,W) to (B,outer,H/2,W/2)."""
     return nn.Sequential(nn.Conv2d(inner, middle, 3, 1, 1), nn.SiLU(),
                          nn.Conv2d(middle, outer, 3, 2, 1), nn.SiLU())
@@ -127,7 +127,7 @@ def info_nce(query, key, queue, temperature, ignore=None):
     mean over B of -log( exp(q.k / tau) / (exp(q.k / tau) + sum_j exp(q.n_j / tau)) ).
 
     query, key: (B,D), unit length. queue: (K,D), unit length. temperature: tau.
-    ignore: (B,K) bool, entries of the queue that are no negatives (crops of the query's own photo).
+    ignore: (B,K) bool, queue entries to exclude (crops of the query's own photo).
     Returns a scalar. Raises ValueError if the shapes do not fit.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
@@ -169,9 +169,9 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
       repeated until `config.steps` updates are done; see `CropPairs`.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
-    Returns the last report; {} if nothing was left to do. With several processes, each has its own
-    batches, and the queue holds the keys of all. Raises ValueError for an empty loader, or for
-    losses or weights that are not finite.
+    Returns the last report; {} if training was already complete. With several processes, each has
+    its own batches, and the queue holds the keys of all. Raises ValueError for an empty loader, or
+    for losses or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
@@ -205,7 +205,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     for step, batch in zip(range(start, config.steps), batches_from(loader, start)):
         # Batch: two crops of each photo, and the latents of crop a.
         z_0, a, b, photo = (to_device(x, device) for x in batch)
-        generator.manual_seed(seed * 1_000_003 + step)              # a resumed run draws the same
+        generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
         t = torch.randint(t_end, (len(a),), generator=generator, device=device)
         noise = torch.randn(z_0.shape, generator=generator, device=device)
         query_crop, key_crop = (b, a) if config.cross_crop else (a, b)
@@ -289,16 +289,16 @@ def learning_rate(progress):
 def centering(hidden):
     """Addition `caption_base`: P = B + W (h - mean h) / std h, where B is a caption's embedding.
 
-    The caption says how much weather there is, the photo only how its weather differs from that of
-    the other photos. Free prompts drift to the average weather of web photos, which is lighter
-    than that of a teacher's training data.
+    The caption sets the mean severity; the photo contributes its deviation from the other photos.
+    Uncentred prompts drift towards the average severity of web photos, which is lower than that
+    of a teacher's training data.
     """
     return nn.BatchNorm1d(hidden, affine=False)
 
 
 def jitter(images, amount, generator):
-    """Addition: random contrast and tint of each of (B,3,H,W) in [0,1]. The tone is the other
-    property that two crops of a photo share, and easier to learn than the degradation."""
+    """Addition: random contrast and tint of each of (B,3,H,W) in [0,1]. Two crops of a
+    photo also share their tone, an easier shortcut for the contrastive loss than degradation."""
     contrast, tint = (amount * (2 * torch.rand(len(images), channels, 1, 1, generator=generator,
                                                device=images.device) - 1) for channels in (1, 3))
     return ((images - 0.5) * (1 + contrast) + 0.5 + tint / 2).clamp(0, 1)
@@ -308,11 +308,11 @@ def jitter(images, amount, generator):
 
 class CropPairs:
     """Endless batches of crop pairs: (latents of a (B,C,h,w), a and b (B,3,size,size) uint8, photo
-    numbers (B,)). Each batch follows from seed and step alone.
+    numbers (B,)). Each batch is a deterministic function of seed and step.
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide. Their latents are computed
-    once, and cropped: encoding every crop anew would make a step 1.67 times as slow. Crop b is the
-    one of eight candidates that is farthest from a (our choice).
+    once, and cropped: re-encoding every crop would make a step take 1.67 times as long. Crop b is
+    the one of eight candidates that is farthest from a (our choice).
     """
 
     def __init__(self, photos, sd, size, batch, seed=0):

@@ -32,16 +32,16 @@ from tqdm import tqdm
 
 @dataclass
 class SynthConfig:
-    """CCD settings. All values are our choice, for Stable Diffusion 1.x/2.x; not measured on it."""
+    """CCD settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     images: int = 4000          # number of images to synthesize
     batch: int = 16             # images per batch; guidance doubles the U-Net's batch
     size: int = 0               # px, side of the images; 0: the size of the Stable Diffusion
-    strength: float = 0.6       # t_s / T in (0,1]: how much content is given up for the degradation
+    strength: float = 0.6       # t_s / T in (0,1]; higher: more degradation, less of the content
     steps: int = 20             # U-Net evaluations, at any strength
     guidance: float = 7.0       # w; 1: no guidance
     scheduler: str = "dpm"      # ODE solver: ddim, or dpm for DPM-Solver++(2M)
     negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
-    anchor: bool = False        # addition: restore the clean photo's fine detail; 2 trajectories
+    anchor: bool = False        # addition: detail residual from a weather-free trajectory
 
     ADDITIONS = {"negative_prompt": "", "anchor": False}        # and the values that mean "off"
 
@@ -88,7 +88,7 @@ def denoise(z, prompts, sd, timesteps, guidance=1.0, negative=None, scheduler="d
     """z_ts (B,C,h,w) to z_0' (B,C,h,w), in exactly len(timesteps) U-Net evaluations.
 
     prompts: (B,N,d). timesteps: decreasing ints, of equal spacing. guidance: w; 1 for none.
-    negative: (1,N,d), what guidance leads away from; the null prompt if None.
+    negative: (1,N,d), the prompt to guide away from; the null prompt if None.
     """
     if len(z) != len(prompts):
         raise ValueError(f"{len(z)} clean photos but {len(prompts)} prompts")
@@ -185,7 +185,7 @@ def add_anchor(image, plain, clean):
     image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns the same.
     Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts at
     the same noise but is denoised with the negative prompt alone: it has lost the same detail, and
-    shows no weather. a is the contrast that the weather leaves.
+    shows no weather. a is the local contrast that survives the weather.
     """
     return (image + remaining_contrast(image, plain) * (clean - plain)).clamp(0, 1)
 
@@ -196,7 +196,7 @@ def remaining_contrast(image, plain):
     mean = lambda x: F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)
     covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
     variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
-    eps = 3e-4                                              # where all is flat, a is 1
+    eps = 3e-4                                              # a tends to 1 in flat regions
     return ((covariance + eps) / (variance + eps)).clamp(0, 1)
 
 
@@ -232,7 +232,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
     adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d).
     Process `rank` of `ranks` makes every `ranks`-th batch.
-    Raises ValueError for images that are not finite, as some models give in fp16.
+    Raises ValueError for images that are not finite, as can happen in fp16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size, pending, path = config.size or sd.size, [], lambda i: folder / f"{i:06d}.png"

@@ -164,7 +164,7 @@ def test_diffusion_loss_of_an_exact_model_is_zero(prediction_type):
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_gradients_reach_the_adapter_and_nothing_else(sd, centered):
+def test_only_the_adapter_receives_gradients(sd, centered):
     base = sd.text_prompt("a photo in heavy snow", 4)
     adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=base, centered=centered)
     nn.init.normal_(adapter.to_prompts[-1].weight, std=0.01)
@@ -361,7 +361,7 @@ def test_timesteps_are_equally_spaced_and_end_at_the_clean_image():
 
 @pytest.mark.parametrize("scheduler", list(synth.SOLVERS))
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_denoise_makes_exactly_the_steps_and_solves_an_exact_model(scheduler, prediction_type):
+def test_denoise_takes_exactly_n_steps_and_is_exact_for_an_oracle(scheduler, prediction_type):
     z0 = noise(1, 2, 4, 8, 8)
     for strength in (0.05, 0.37, 0.6, 1.0):
         for steps, guidance in ((1, 1), (4, 2.0), (7, 1), (20, 3.0)):
@@ -498,7 +498,7 @@ def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
         assert set(active(*switch)) == set(default) - {name}
     with pytest.raises(SystemExit):
         d4ir.parse(["--task", "desnow", "--no-additions", "--anchor"])
-    assert "--no-additions contradicts --anchor" in capsys.readouterr().err
+    assert "--no-additions cannot be combined with --anchor" in capsys.readouterr().err
 
 
 def test_the_anchor_restores_detail_and_fades_with_the_contrast(sd):
@@ -847,7 +847,7 @@ def test_stable_diffusion_scales_latents_and_makes_prompts(sd):
         sd.encode(x[..., :63])
 
 
-def test_other_models_than_stable_diffusion_are_refused(tmp_path):
+def test_models_other_than_stable_diffusion_are_rejected(tmp_path):
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8,
               projection_class_embeddings_input_dim=64)
     without_tokenizer, incomplete = (make_sd(tmp_path / name) for name in ("words", "part"))
@@ -864,7 +864,7 @@ def test_other_models_than_stable_diffusion_are_refused(tmp_path):
             (make_sd(tmp_path / "xl", **xl), "SDXL"),
             (make_sd(tmp_path / "lcm", time_cond_proj_dim=8), "LCM"),
             (without_tokenizer, "2 tokens, but the text encoder 308"),
-            (incomplete, "unet lacks 1 weights: conv_out.bias")):
+            (incomplete, "unet: 1 weights are missing from the file: conv_out.bias")):
         with pytest.raises(ValueError, match=message):
             models.load_stable_diffusion(folder)
 
@@ -884,7 +884,7 @@ def test_psnr():
         evaluate.psnr(a, a[..., :8])
 
 
-def test_rgb_to_y_is_matlabs():
+def test_rgb_to_y_matches_matlab():
     colours = torch.tensor([[0., 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     expected = torch.tensor([16, 235, 81.481, 144.553, 40.966])
     y = evaluate.rgb_to_y(colours.T.reshape(3, 1, 5))
@@ -990,7 +990,7 @@ def test_ambiguous_and_unmatched_sets_are_refused(tmp_path, monkeypatch):
             (make("b", "input/1.png", "target/1.png", "target/2.png"),
              r"without degraded photo: 2.png \(1\)"),
             (make("c", "input/1.png", "rain/1.png", "gt/1.png"),
-             "which folders belong together.*input, rain"),
+             "ambiguous layout.*input, rain"),
             (make("d", "input/1.png", "gt/1.png", "gt/1.jpg"), "1.jpg and 1.png share a name"),
             (empty, "no image file"),
             (tmp_path / "absent", "no such folder")):
@@ -1339,7 +1339,7 @@ def test_the_embedded_default_writes_every_file(demo_run):
     config = json.loads((out / "config.json").read_text())
     assert config["adapter"]["steps"] == 4 and config["evaluate"]["tile"] == 1024
     assert "torch" in config["versions"] and "anchor" in config["additions"]
-    assert "from the embedded demo: --degraded, --clean, --test, --sd, --teacher" in done.stdout
+    assert "using the bundled demo for: --degraded, --clean, --test, --sd, --teacher" in done.stdout
     additions = "t_max, jitter, cross_crop, caption_base, negative_prompt, anchor"
     assert f"additions: {additions}\n" in done.stdout
     assert "Traceback" not in done.stderr
@@ -1418,7 +1418,7 @@ def test_own_photos(own_photos, tmp_path):
     done = run("--task", "all", *own_photos, "--out", tmp_path / "run",
                "--no-distill-keep-teacher")
     assert done.returncode == 0, done.stderr
-    assert "from the embedded demo: --sd, --teacher" in done.stdout
+    assert "using the bundled demo for: --sd, --teacher" in done.stdout
     assert "broken.png: not a readable image" in done.stdout
     assert "1 of 5 photos are smaller" in done.stdout
     assert json.loads((tmp_path / "run/metrics.json").read_text())["n_images"] == 4
@@ -1443,7 +1443,7 @@ def test_own_stable_diffusion_and_teacher(folders, network, tmp_path, prediction
              "--student-width", "4", "--out", tmp_path / "run", "--precision", "fp32", *TINY]
     done = run(*flags, "--test", folders / "test/input")
     assert done.returncode == 0, done.stderr
-    assert "from the embedded demo" not in done.stdout
+    assert "using the bundled demo for" not in done.stdout
     assert "additions: none" in done.stdout                # the demo's settings are not used
     assert evaluate.read_image(tmp_path / "run/synth/000000.png").shape == (3, 64, 64)
     more = ["--stage", "evaluate", "--test", folders / "bad"]      # without ground truth
@@ -1490,7 +1490,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
                                ([*task, "--distill-lr", "inf"], "finite"),
                                ([*task, "--guidance", "nan"], "finite"),
                                ([*task, "--seed", "-1"], "at least 0"),
-                               ([*task, "--no-additions", "--anchor"], "contradicts --anchor"),
+                               ([*task, "--no-additions", "--anchor"], "combined with --anchor"),
                                ([*task, "--stage", "restore"], "--input"),
                                ([*task, "--stage", "export", "synth"], "cannot be combined")):
         capsys.readouterr()                                # discards earlier output
@@ -1501,7 +1501,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     (tmp_path / "mine/config.json").write_text("{}")
-    with pytest.raises(ValueError, match="give another --out"):
+    with pytest.raises(ValueError, match="choose another --out"):
         d4ir.main([*task, "--out", str(tmp_path / "mine"), "--restart"])
     assert (tmp_path / "mine/thesis.txt").exists()
 
@@ -1549,7 +1549,7 @@ def test_a_corrected_command_and_a_restart(folders, own_photos, tmp_path):
                    "--output", str(folders / "test/input")])
 
 
-def test_a_task_is_one_entry(own_photos, tmp_path, monkeypatch):
+def test_a_new_task_needs_one_entry(own_photos, tmp_path, monkeypatch):
     """Captions, demo weather and demo settings of a new task, through all stages."""
     task = d4ir.Task(("a photo in light snow", "a photo in light rain"), ("rain", "snow"),
                      dict(strength=0.5, adapter_lr=2e-4))
@@ -1615,7 +1615,7 @@ def test_weights_that_are_not_finite_are_never_saved(sd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_teacher_that_is_not_finite_is_stopped_with_the_photos_name(tmp_path):
+def test_a_non_finite_teacher_output_names_the_image(tmp_path):
     for i in range(2):
         save(photo(i, 40, 48) * (1 - i), tmp_path / f"synth/{i}.png")      # the second is black
     run = argparse.Namespace(release=lambda *names: None, out=tmp_path, rank=0, ranks=1,
@@ -1636,7 +1636,7 @@ def test_synthesized_images_that_are_not_finite_are_refused(sd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_metadata_are_checked_before_memory_is_taken(tmp_path):
+def test_metadata_is_checked_before_allocation(tmp_path):
     """Sizes, block counts, keys and types that do not fit, and no JSON: one line, no memory."""
     model = models.Restorer(4, (1,), 1, (1,))
     adapter = prompt_adapter.PromptAdapter(8, 2, channels=2)
@@ -2003,7 +2003,7 @@ def go_compare(folders, own_photos, tmp_path):
     return go
 
 
-def test_comparison_shares_resumes_and_refuses(go_compare, tmp_path, monkeypatch):
+def test_compare_reuses_resumes_and_rejects_changed_settings(go_compare, tmp_path, monkeypatch):
     rows, first = go_compare("--rows", "original", "gan", "d4ir", "d4ir+web")
     assert list(rows) == ["input", "teacher", "original", "gan", "d4ir", "d4ir+web"]
     assert first["seeds"] == 2
@@ -2030,7 +2030,7 @@ def test_comparison_shares_resumes_and_refuses(go_compare, tmp_path, monkeypatch
         go_compare("--original", tmp_path / "none")
 
 
-def test_a_baseline_is_one_entry(go_compare, monkeypatch):
+def test_a_new_baseline_needs_one_entry(go_compare, monkeypatch):
     black = lambda bench: [torch.zeros(3, 96, 96, dtype=torch.uint8)] * 3
     monkeypatch.setitem(compare.ROWS, "black", compare.Row("black", "black images", black))
     rows, _ = go_compare("--rows", "black", "--seeds", "1")
@@ -2121,7 +2121,7 @@ def test_img2img_produces_the_weather_of_the_caption():
         assert result["strength 0.6"][kind][kind] > 0.7, result
 
 
-# ---------------------------------------------------------------- the house
+# ---------------------------------------------------------------- repository rules
 
 def test_every_setting_is_read():
     """An option that nothing reads is a defect."""
@@ -2135,7 +2135,7 @@ def test_every_setting_is_read():
             assert any(f"{name}.{field.name}" in text for name in objects), field.name
 
 
-def test_the_house():
+def test_imports_and_line_lengths():
     """Stage files do not import one another; only d4ir.py and experiments/ import the demo."""
     stages = {"prompt_adapter", "synth", "distill", "evaluate"}
     for name in stages | {"models"}:

@@ -1,4 +1,4 @@
-"""The embedded demonstration: a small Stable Diffusion (mini-SD), a teacher and procedural photos.
+"""The bundled demo: a small Stable Diffusion (mini-SD), a teacher and procedural photos.
 
 They make `python d4ir.py --task desnow` run without a download or a GPU. Nothing here is part of
 the method: without this folder, `d4ir.py` works with your own photos, teacher and Stable Diffusion.

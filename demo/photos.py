@@ -28,7 +28,7 @@ ORIGINAL_SIZE = (128, 128)
 
 
 class Photo(NamedTuple):
-    """A photo to render. It is a function of these values: the same values, the same pixels."""
+    """A photo to render. Rendering is deterministic: equal fields give identical pixels."""
     split: str                  # a key of SPLITS
     index: int                  # number of the scene in its split
     kind: str                   # "haze", "rain", "snow" or "clear"
@@ -153,7 +153,7 @@ def main():
                         help="write a figure of each kind of weather in each domain")
     args = parser.parse_args()
     if not args.weather and not args.figure:
-        parser.error("give --weather or --figure")
+        parser.error("specify --weather or --figure")
     if args.figure:
         weather_figure(args.figure)
     if args.weather:

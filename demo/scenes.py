@@ -62,7 +62,7 @@ def random_colour(rng, low, high, saturation, value):
 # ---------------------------------------------------------------- camera and canvas
 
 class Canvas:
-    """An image under construction, with the camera that sees it and the light.
+    """An image under construction, with its camera and lighting.
 
     colour: (H,W,3) float32; depth: (H,W) float32, metres
     x: (1,W), y: (H,1): the ray through each pixel is (x, y, 1), y downwards
@@ -109,7 +109,7 @@ class Canvas:
         return where, u, h
 
     def paint(self, where, mask, colour, depth):
-        """Sets colour and depth inside the mask, except behind what is already nearer."""
+        """Sets colour and depth inside the mask, except where a nearer surface is painted."""
         mask = mask & (depth < self.depth[where])
         self.colour[where] = np.where(mask[..., None], colour, self.colour[where])
         self.depth[where] = np.where(mask, depth, self.depth[where])

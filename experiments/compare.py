@@ -1,4 +1,4 @@
-"""D4IR against other sources of training images, and against itself without each of its parts.
+"""Compares D4IR with other sources of training images and with its own ablations.
 
     python -m experiments.compare --task desnow                   # results/compare-desnow.*
     python -m experiments.compare --task desnow --rows additions --seeds 1
@@ -79,13 +79,13 @@ ROWS = {
     "no-cross-crop": ablation("cross-crop", "--no-adapter-cross-crop", dict(cross_crop=False)),
     "no-jitter": ablation("jitter", "--adapter-jitter 0", dict(jitter=0.0)),
     "no-t-max": ablation("t-max", "--adapter-t-max 1", dict(t_max=1.0)),
-    "no-contrast": ablation("contrast", "--adapter-contrast 0", dict(contrast=0.0)),
+    "no-contrast": ablation("contrastive loss", "--adapter-contrast 0", dict(contrast=0.0)),
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
                                                      clean=[bench.grey()]), reuses=("adapter",)),
     "d4ir": Row("D4IR", "strength {strength:g}, guidance {guidance:g}, {images} images",
                 lambda bench: bench.synthesize("d4ir", bench.adapter("d4ir"))),
-    "d4ir+web": Row("D4IR and web photos in bad weather", "both lists of images",
+    "d4ir+web": Row("D4IR images and web photos in bad weather", "both lists",
                     lambda bench: (bench.images("d4ir") + bench.images("web-degraded")),
                     reuses=("adapter", "synth")),
 }
@@ -96,7 +96,7 @@ SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.
 
 
 class Captions:
-    """Takes the adapter's place: the embeddings of a task's captions, in turn."""
+    """Drop-in replacement for the adapter: the embeddings of a task's captions, in turn."""
 
     def __init__(self, sd, task, tokens):
         self.prompts = sd.text_prompt(list(d4ir.TASKS[task].captions), tokens)
@@ -171,7 +171,7 @@ class Bench:
         adapter = self.adapter(name if row.adapter else "d4ir", **own)
         return self.synthesize(name, adapter, **row.synth)
 
-    def changes_nothing(self, name):
+    def is_no_op(self, name):
         """True for an ablation of what the task does not use."""
         row, run = ROWS[name], self.run
         settings = asdict(run.adapter) | asdict(run.synth)
@@ -265,7 +265,7 @@ def compare(bench, names, seeds):
         result = evaluate(model, run.pairs, tile=run.args.tile, label=name)
         rows.append({"source": name} | summary([{key: result[key] for key in METRICS}]))
     for name, row in ROWS.items():
-        if bench.changes_nothing(name) or not (name in names or bench.is_finished(name, seeds)):
+        if bench.is_no_op(name) or not (name in names or bench.is_finished(name, seeds)):
             continue
         stats = summary(bench.students(name, lambda: bench.images(name), seeds))
         own, shared = seconds(run.out / name), seconds(run.out / "d4ir")
@@ -287,7 +287,7 @@ def compare(bench, names, seeds):
 
 
 def sweep(bench, what, seeds):
-    """The values of WHAT-TASK.json: PSNR of D4IR's student, and of its rival, at each value."""
+    """The values of WHAT-TASK.json: PSNR of D4IR's student, and of a baseline's, at each value."""
     values, default = [], getattr(bench.run.synth, what, None)
     for value in SWEEPS[what]:
         suffix = "" if value == default else f"-{what}-{value:g}"
@@ -295,7 +295,7 @@ def sweep(bench, what, seeds):
         if what == "photos":
             photos = bench.photos("degraded", bench.run.size)
             if len(photos) < value:
-                bench.run.log(f"only {len(photos)} photos: {value} is left out")
+                bench.run.log(f"only {len(photos)} photos: skipping {value}")
                 continue
             photos = photos[::len(photos) // value][:value]
             adapter = lambda: bench.adapter("d4ir" + suffix, photos)
@@ -336,7 +336,8 @@ def markdown(result):
             lines.append(f"| {' | '.join(cells)} |")
         lines += [""] + [f"- {ROWS[row['source']].title}: {row['note']}"
                          for row in result["rows"] if "note" in row]
-        lines += ["- share: (student - input) / (student of the original data - input), PSNR RGB"]
+        lines += ["- share: (student - input) / (student trained on the original data - input), "
+                  "in PSNR RGB"]
     else:
         what = result["sweep"]
         columns = [key for key in result["values"][0] if key != what]
@@ -366,7 +367,7 @@ def sample_sheet(run, names, path):
 # ---------------------------------------------------------------- the command line
 
 def check_settings(run, original):
-    """Refuses a folder whose rows were made with other settings or other weights."""
+    """Rejects a folder whose rows were made with other settings or other weights."""
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     unet = Path(run.args.sd, "unet")
     weights = next(iter(sorted(unet.glob("*.safetensors"))), unet)
@@ -429,7 +430,7 @@ def main(argv=None):
             original = folder / "original"
         else:
             names.remove("original")
-            run.log("no --original: the row of the original data, and the shares, are left out")
+            run.log("no --original: skipping the row of the original data and the shares")
     d4ir.write_demo_photos(run)
     if not run.pairs:
         raise ValueError(f"--test {args.test} has no ground truth")

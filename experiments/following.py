@@ -1,4 +1,4 @@
-"""Does a synthesized photo show the weather of the degraded photo whose prompt it was made with?
+"""Does each synthesized image reproduce the weather of its reference photo?
 
     python -m experiments.following --task desnow       # results/following-desnow.json and .png
 

@@ -4,9 +4,9 @@
                 + prior ||T(x) - x||_1,    x = G(z)
 
 The generator widens the gap between teacher and student (DFAD, Fang et al. 2019), keeps its images
-varied (mode seeking, Mao et al. 2019; a and b are neighbours in the batch), and close to what the
-teacher returns. Without the last term, whose like Zhang et al. (2021) use for super-resolution, it
-finds noise that no photo contains, and the student learns that.
+varied (mode seeking, Mao et al. 2019; a and b are neighbours in the batch), and keeps them close to
+what the teacher returns. Zhang et al. (2021) use a term similar to the last one for
+super-resolution. Without it, the generator produces unnatural noise and the student fits that.
 """
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Does the mini-SD produce the weather that a caption asks for? A classifier measures it.
+"""Does the mini-SD produce the weather named in a caption? A classifier measures it.
 
     python -m experiments.weather       # results/weather-check.json, .png; minutes on two CPU cores
 
@@ -6,7 +6,7 @@ The classifier (the adapter's network with four outputs: clear, haze, rain, snow
 rendered photos of the pretraining domain and tested on held-out ones. All its inputs pass through
 the VAE, so that the VAE's blur carries no information. Then diffusers' img2img pipeline turns
 held-out clear photos into "a photo in heavy snow" (rain, haze), with clear weather as the negative
-prompt, and the classifier reports what it recognises in the results.
+prompt, and the classifier labels the outputs.
 """
 import argparse
 import json
