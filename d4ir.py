@@ -1,7 +1,7 @@
 """D4IR: distils a large weather-restoration network into a small one without its training data.
 
     python d4ir.py --task desnow                      # bundled demo: no download, no GPU
-    python d4ir.py --task desnow --no-additions       # the paper's method alone
+    python d4ir.py --task desnow --no-additions --out runs/paper      # the paper's method alone
     python d4ir.py --task desnow --sd stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --degraded snow/ --clean good/ --teacher net.py:PromptIR@promptir.ckpt --test Snow100K-L/
     python d4ir.py --task desnow --stage restore --input photo.jpg --output out/
@@ -45,7 +45,7 @@ from models import (Restorer, export_restorer, first_line, load_restorer, load_s
                     save_restorer)
 from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, save_adapter,
                             train_adapter)
-from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_pairs
+from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
 
 try:
     import fcntl
@@ -196,7 +196,7 @@ def adapter_figure(run, adapter):
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
 
     def images(prompter):
-        return [synthesize_pairs(clean, x_d[None], prompter, run.sd, run.synth,
+        return [synthesize_photos(clean, x_d[None], prompter, run.sd, run.synth,
                                  torch.Generator().manual_seed(seed))[0] for x_d in degraded]
 
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
@@ -312,7 +312,9 @@ def make_parser():
     add("--restart", action="store_true",
         help="delete and rerun the first stage in --stage and all later ones")
     add("--no-additions", action="store_true",
-        help="the paper's method alone: switch off " + ", ".join(additions_off()))
+        help="the paper's method alone: switch off " + ", ".join(additions_off())
+             + " (the demo has them off for " + ", ".join(
+                 name for name, task in TASKS.items() if not task.demo_additions) + ")")
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if available)")
     add("--precision", choices=("bf16", "fp16", "fp32"),
         help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a CPU "
@@ -336,6 +338,8 @@ def make_parser():
             name, default = flag.replace("-", "_"), repr(f.default)
             if demo and name in demo.SETTINGS:
                 default += f"; demo: {demo.SETTINGS[name]!r}"
+            default += "".join(f"; demo, {task}: {entry.demo_settings[name]!r}"
+                               for task, entry in TASKS.items() if name in entry.demo_settings)
             group.add_argument(f"--{flag}", default=f.default, **kind,
                                help=f"{comment} ({default})".replace("%", "%%"))
     return parser

@@ -1,12 +1,12 @@
 """PKD, pixel-wise knowledge distillation: trains the student to reproduce the teacher's outputs.
 
-    loss = ||S(x) - T(x)||_1
+    loss = mean |S(x) - T(x)|
 
 symbol   in code            shape, range
-x        degraded           (B,3,h,w) in [0,1], random crops of the synthesized photos
-T, S     teacher, student   (B,3,h,w) -> (B,3,h,w) in [0,1]
+x        x                  (B,3,h,w) in [0,1], random crops of the synthesized photos
+T, S     teacher, student   (B,3,h,w) -> (B,3,h,w); T is clamped to [0,1]
 
-There is no ground truth, and no other loss.
+There is no ground truth, and no other loss. L1 is our choice of a pixel-wise loss.
 """
 import io
 import math
@@ -77,17 +77,17 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
 
     for step, batch in zip(range(start, config.steps), batches_from(loader, start)):
         # Batch.
-        x, *target = batch if isinstance(batch, (tuple, list)) else [batch]
+        x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
         x = to_device(x, device).contiguous(memory_format=torch.channels_last)
 
         # Forward and loss.
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            if target:
-                target = to_device(target[0], device)
+            if target is not None:
+                target = to_device(target, device)
             else:
                 with torch.no_grad():
                     y = teacher(x)
-                target = y.clamp(0, 1) + 0 * y                  # NaN where y is infinite
+                target = torch.where(y.isfinite(), y.clamp(0, 1), torch.nan)    # stops below
             restored = model(x)
         loss = F.l1_loss(restored.float(), target.float())
 

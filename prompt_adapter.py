@@ -13,7 +13,8 @@ q, k     query, key    (B,D), unit length: embeddings of the two crops, k by the
 tau      temperature   scalar
 
 Contrastive pairs: two crops of one photo share its degradation (positive); crops of other photos
-are the negatives, held in a queue (MoCo, He et al. 2020). Additions of ours are marked.
+are the negatives, held in a queue. InfoNCE, queue and momentum encoder (MoCo, He et al. 2020) are
+our choice of a contrastive loss. Additions of ours are marked.
 """
 import copy
 import io
@@ -185,7 +186,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     shape = config.queue, adapter.config["embedding"]
     queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (K,D)
     queue_photo = torch.full((config.queue,), -1, device=device)    # (K,), photo of each negative
-    t_end = max(1, round(config.t_max * len(sd.alphas_cumprod)))
+    t_end = max(1, round(config.t_max * len(sd.alphas_cumprod)))    # addition, if t_max < 1
     start, report = 0, {}
     parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
@@ -208,8 +209,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
         t = torch.randint(t_end, (len(a),), generator=generator, device=device)
         noise = torch.randn(z_0.shape, generator=generator, device=device)
-        query_crop, key_crop = (b, a) if config.cross_crop else (a, b)
-        if config.jitter:
+        query_crop, key_crop = (b, a) if config.cross_crop else (a, b)      # addition
+        if config.jitter:                                           # addition
             query_crop, key_crop = (jitter(x, config.jitter, generator)
                                     for x in (query_crop, key_crop))
 

@@ -10,12 +10,14 @@ x_c      clean       (B,3,H,W) in [0,1], a photo in good weather: the content
 P        prompts     (B,N,d), prompts of a degraded photo x_d, unpaired with x_c: the degradation
 z_t      z           (B,C,h,w), latents at noise level t
 t_s      timesteps   [t_s, ..., t_1], in 0..T-1; t_s is about strength * T
-abar_t   abar        (T,), cumulative noise schedule of the Stable Diffusion
+abar_t   abar        (T,), cumulative noise schedule of the Stable Diffusion;
+                     alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
 eps      noise       (B,C,h,w), standard normal
 w        guidance    classifier-free guidance: eps_- + w (eps_P - eps_-) (Ho and Salimans 2022)
 x        (returned)  (B,3,H,W) in [0,1], the synthesized photo
 
-`synthesize` is the paper's method. The additions below it are ours.
+`synthesize` is the paper's method; guidance, solvers and all settings are our choice. The additions
+below it are ours.
 """
 import math
 import os
@@ -65,10 +67,15 @@ class SynthConfig:
 def synthesize(clean, prompts, sd, config, generator=None):
     """CCD: degraded photos (B,3,H,W) in [0,1]: content from `clean`, degradation from `prompts`.
 
-    clean: (B,3,H,W) in [0,1]; H and W must be multiples of 8 f for Stable Diffusion.
-    prompts: (B,N,d). sd: a models.StableDiffusion. generator: torch.Generator of the noise.
-    Raises ValueError for a size, a batch or a number of steps that does not fit.
+    clean: (B,3,H,W) in [0,1]; H and W as VAE and U-Net need them (SD 1.5: multiples of 64).
+    prompts: (B,N,d). generator: torch.Generator of the noise.
+    sd: a models.StableDiffusion, or anything with its encode, decode, predict_noise, null_prompt,
+      alphas_cumprod (T,) and prediction_type.
+    Raises ValueError for a size, a batch or a number of steps that does not fit, and if an addition
+    is switched on.
     """
+    if config.active_additions():
+        raise ValueError(f"use synthesize_with_additions for {config.active_additions()}")
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
     z_0 = sd.encode(clean)                                                      # (B,C,h,w)
     noise = randn_tensor(z_0.shape, generator, z_0.device)
@@ -94,21 +101,27 @@ def denoise(z, prompts, sd, timesteps, guidance=1.0, negative=None, scheduler="d
         raise ValueError(f"{len(z)} clean photos but {len(prompts)} prompts")
     if guidance != 1:
         negative = sd.null_prompt(prompts.shape[1]) if negative is None else negative
-        both = torch.cat([negative.expand_as(prompts), prompts])                # (2B,N,d)
+        both = torch.cat([negative.expand_as(prompts), prompts.to(negative.device)])    # (2B,N,d)
 
-    def model(z, t):
-        """Estimates of z_0 and eps at (z_t, t), after guidance."""
+    def model(z_t, t):
+        """Estimates of z_0 and eps, after guidance."""
         if guidance == 1:
-            output = sd.predict_noise(z, t, prompts)
+            output = sd.predict_noise(z_t, t, prompts)
         else:
-            away, towards = sd.predict_noise(torch.cat([z, z]), t, both).chunk(2)
-            output = away + guidance * (towards - away)
-        alpha, sigma = alpha_sigma(sd.alphas_cumprod, t)
-        if sd.prediction_type == "epsilon":
-            return (z - sigma * output) / alpha, output
-        return alpha * z - sigma * output, alpha * output + sigma * z           # v-prediction
+            out_negative, out_prompt = sd.predict_noise(torch.cat([z_t, z_t]), t, both).chunk(2)
+            output = out_negative + guidance * (out_prompt - out_negative)
+        return to_z_0_eps(output, z_t, *alpha_sigma(sd.alphas_cumprod, t), sd.prediction_type)
 
     return SOLVERS[scheduler](model, z, timesteps, sd.alphas_cumprod)
+
+
+def to_z_0_eps(output, z_t, alpha, sigma, prediction_type):
+    """The estimates of z_0 and eps that a U-Net's output (B,C,h,w) at z_t stands for."""
+    if prediction_type == "epsilon":
+        return (z_t - sigma * output) / alpha, output
+    if prediction_type == "v_prediction":                   # v = alpha eps - sigma z_0
+        return alpha * z_t - sigma * output, alpha * output + sigma * z_t
+    raise ValueError(f"prediction type {prediction_type!r} is not supported")
 
 
 def ddim(model, z, timesteps, abar):
@@ -130,10 +143,14 @@ def dpm_solver(model, z, timesteps, abar):
     z_0_last, h_last = None, None
     for t, t_next in zip(timesteps, timesteps[1:]):
         z_0, _ = model(z, t)
-        (alpha, sigma), (alpha_next, sigma_next) = (alpha_sigma(abar, s) for s in (t, t_next))
+        alpha, sigma = alpha_sigma(abar, t)
+        alpha_next, sigma_next = alpha_sigma(abar, t_next)
         h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
-        d = z_0 if z_0_last is None else z_0 + h / (2 * h_last) * (z_0 - z_0_last)
-        z = sigma_next / sigma * z - alpha_next * math.expm1(-h) * d
+        if z_0_last is None:
+            extrapolated = z_0
+        else:
+            extrapolated = z_0 + h / (2 * h_last) * (z_0 - z_0_last)
+        z = sigma_next / sigma * z - alpha_next * math.expm1(-h) * extrapolated
         z_0_last, h_last = z_0, h
     return model(z, timesteps[-1])[0]                       # the step to sigma = 0
 
@@ -150,8 +167,8 @@ def alpha_sigma(abar, t):
 def choose_timesteps(total, strength, steps):
     """`steps` timesteps [t_s, ..., t_1] of equal spacing, down from t_s = strength * total.
 
-    The spacing divides t_s + 1, so that the last step ends at -1, the clean image. Schedulers in
-    diffusers drop steps at low strength instead.
+    The spacing divides t_s + 1, so that the last step ends at -1, the clean image; this moves t_s
+    by at most steps / 2. diffusers' img2img drops steps at low strength instead.
     Raises ValueError if there are more steps than noise levels below t_s.
     """
     if not 1 <= steps <= round(strength * total):
@@ -196,8 +213,8 @@ def remaining_contrast(image, plain):
     mean = lambda x: F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)
     covariance = (mean(plain * image) - mean(plain) * mean(image)).sum(1, keepdim=True)
     variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
-    eps = 3e-4                                              # a tends to 1 in flat regions
-    return ((covariance + eps) / (variance + eps)).clamp(0, 1)
+    flat = 3e-4                                             # a tends to 1 in flat regions
+    return ((covariance + flat) / (variance + flat)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- folders of images
@@ -217,7 +234,7 @@ def draw_crops(photos, size, seed, indices, stream):
 
 
 @torch.no_grad()
-def synthesize_pairs(clean, degraded, adapter, sd, config, generator=None):
+def synthesize_photos(clean, degraded, adapter, sd, config, generator=None):
     """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1]."""
     prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
     if config.active_additions():
@@ -248,7 +265,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
             clean = draw_crops(clean_photos, size, seed, indices, 0)
             degraded = draw_crops(degraded_photos, size, seed, indices, 1)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
-            images = synthesize_pairs(clean, degraded, adapter, sd, config, generator)
+            images = synthesize_photos(clean, degraded, adapter, sd, config, generator)
             if not images.isfinite().all():
                 raise ValueError("the synthesized images are not finite: use --precision bf16 or "
                                  "fp32, or another --sd")

@@ -435,11 +435,13 @@ def test_synthesize_is_repeatable_and_checks_its_inputs(sd):
                            ({"strength": 0.001}, "steps must be in 1..1")):
         with pytest.raises(ValueError, match=message):
             go(1, **wrong)
+    with pytest.raises(ValueError, match="use synthesize_with_additions for .'anchor'"):
+        go(1, anchor=True)
     with pytest.raises(ValueError, match="2 clean photos but 1 prompts"):
         synth.synthesize(clean, prompts[:1], sd, make_config())
 
 
-def test_synthesize_is_the_closed_form_of_the_paper(sd):
+def test_synthesize_equals_one_step_written_out(sd):
     """One DDIM step, written out: encode, perturb, predict, decode."""
     clean, prompts = photo(1, 64, 72)[None], noise(2, 1, 4, sd.width)
     config = make_config(strength=0.5, steps=1, guidance=1.0, scheduler="ddim")
@@ -863,7 +865,7 @@ def test_models_other_than_stable_diffusion_are_rejected(tmp_path):
             (make_sd(tmp_path / "x0", "sample"), "'sample'"),
             (make_sd(tmp_path / "xl", **xl), "SDXL"),
             (make_sd(tmp_path / "lcm", time_cond_proj_dim=8), "LCM"),
-            (without_tokenizer, "2 tokens, but the text encoder 308"),
+            (without_tokenizer, "2 tokens, but the text encoder expects 308"),
             (incomplete, "unet: 1 weights are missing from the file: conv_out.bias")):
         with pytest.raises(ValueError, match=message):
             models.load_stable_diffusion(folder)

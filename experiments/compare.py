@@ -1,7 +1,7 @@
 """Compares D4IR with other sources of training images and with its own ablations.
 
     python -m experiments.compare --task desnow                   # results/compare-desnow.*
-    python -m experiments.compare --task desnow --rows additions --seeds 1
+    python -m experiments.compare --task desnow --rows additions --results results/additions
     python -m experiments.compare --task desnow --sweep strength  # results/strength-desnow.*
 
 Takes the flags of d4ir.py for photos, models and stages, with the same defaults. All students have
@@ -43,7 +43,7 @@ class Row:
     """One source of training images. To add a baseline, add one entry to ROWS."""
     title: str
     note: str                           # may name fields of SynthConfig in braces
-    images: Callable = None             # bench -> list of (3,H,W) uint8; None: see `ablation`
+    images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
     reuses: tuple = ()                  # what is taken from D4IR: its adapter, its images ("synth")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import d4ir
 from evaluate import figure, list_images, read_image
 from prompt_adapter import load_adapter
-from synth import draw_crops, synthesize_pairs
+from synth import draw_crops, synthesize_photos
 
 PROPERTIES = ("amount", "lean", "scale")
 
@@ -93,7 +93,7 @@ def synthesize_captions(run, captions):
         texts = [captions[photo_number(run, i)] for i in indices]
         prompts = run.sd.text_prompt(texts, run.adapter.tokens)
         generator = torch.Generator().manual_seed(run.args.seed * 1_000_003 + first)
-        images += synthesize_pairs(clean, degraded, lambda x: prompts, run.sd, run.synth,
+        images += synthesize_photos(clean, degraded, lambda x: prompts, run.sd, run.synth,
                                    generator).cpu()
     return images
 
@@ -112,7 +112,7 @@ def following_figure(run, captions, path, count=8):
     columns = {"degraded": degraded}
     for title, values in prompts.items():
         columns[title] = [
-            synthesize_pairs(clean, x[None], lambda _: prompt, run.sd, run.synth,
+            synthesize_photos(clean, x[None], lambda _: prompt, run.sd, run.synth,
                              torch.Generator().manual_seed(seed))[0]
             for x, prompt in zip(degraded, values)]
     figure(columns, path)
