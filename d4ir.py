@@ -141,6 +141,8 @@ def distill_stage(run):
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         files = list_images(run.out / "synth")[run.rank::run.ranks]
         images = list(threads.map(read_image, files))
+    if not images:
+        raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
     crop, targets = run.distill.crop_size(min(images[0].shape[1:])), None
     if run.distill.keep_teacher:
         targets = teacher_outputs(run.teacher, images, run.device, run.dtype, files)

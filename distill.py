@@ -64,7 +64,7 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
     start, l1 = 0, None
     parts = dict(student=student, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = load_state(checkpoint, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state["step"]
@@ -213,6 +213,16 @@ def to_device(x, device):
         x = x.pin_memory()
     x = x.to(device, non_blocking=True)
     return x / 255 if x.dtype is torch.uint8 else x
+
+
+def load_state(path, device):
+    """Reads a checkpoint. Raises ValueError, with the path, if it is damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                  # torch raises many types
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it to start this "
+                         "stage again") from None
 
 
 def save_state(state, path):

@@ -190,7 +190,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     start, report = 0, {}
     parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = load_state(checkpoint, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         queue, queue_photo, start = state["queue"], state["queue_photo"], state["step"]
@@ -373,6 +373,16 @@ def to_device(x, device):
         x = x.pin_memory()
     x = x.to(device, non_blocking=True)
     return x / 255 if x.dtype is torch.uint8 else x
+
+
+def load_state(path, device):
+    """Reads a checkpoint. Raises ValueError, with the path, if it is damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                  # torch raises many types
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it to start this "
+                         "stage again") from None
 
 
 def save_state(state, path):

@@ -1630,6 +1630,17 @@ def test_a_non_finite_teacher_output_names_the_image(tmp_path):
         distill.teacher_outputs(lambda x: x / x.amax(), [bright, bright * 0], "cpu")
 
 
+def test_damaged_checkpoints_are_named(sd, tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"rubbish")
+    a = photo(1, 64, 64).expand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match="a.pt: not a readable checkpoint .*; delete it"):
+        distill.distill(Darker(), models.Restorer(4), [a], distill.DistillConfig(),
+                        checkpoint=tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt: not a readable checkpoint .*; delete it"):
+        prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4), sd, [a],
+                                     prompt_adapter.AdapterConfig(), checkpoint=tmp_path / "a.pt")
+
+
 def test_synthesized_images_that_are_not_finite_are_refused(sd, tmp_path):
     photos = [(photo(i, 70, 90) * 255).to(torch.uint8) for i in range(3)]
     broken = lambda x: torch.full((len(x), 4, sd.width), math.nan)
