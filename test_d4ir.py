@@ -1711,13 +1711,15 @@ def test_a_run_folder_is_used_by_one_process_at_a_time(own_photos, tmp_path):
 
 @posix
 def test_signals_give_their_exit_codes_and_one_line(capsys):
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # background jobs ignore it
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with pytest.raises(SystemExit) as stopped:
             d4ir.run_command(lambda: (os.kill(os.getpid(), number), time.sleep(9)))
         assert stopped.value.code == code
         assert capsys.readouterr().err.startswith("interrupted; rerun the same command")
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 PRODUCTS = ("adapter.safetensors", "student.safetensors", "synth/*.png")
