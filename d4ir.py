@@ -11,6 +11,7 @@ Stages: adapter (DPA), synth (CCD), distill (PKD), evaluate. Rerun a command to 
 An independent implementation of arXiv 2409.03455 (Wang, Luo, Xie, Qu).
 """
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -104,14 +105,17 @@ def main(argv=None):
 
 
 def adapter_stage(run):
-    """DPA: learns a prompt for every degraded photo."""
+    """DPA: learns a prompt for every degraded photo, or copies the adapter of --adapter."""
     sd, config, seed = run.sd, run.adapter, run.args.seed + 1000 * run.rank
-    torch.manual_seed(run.args.seed)
-    base = base_prompt(run)
-    adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
-    loader = CropPairs(run.degraded, sd, run.size, config.batch, seed)
-    train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
-                  log=run.log_losses)
+    if run.args.adapter:
+        adapter = load_adapter(run.args.adapter, run.device)
+    else:
+        torch.manual_seed(run.args.seed)
+        base = base_prompt(run)
+        adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
+        loader = CropPairs(run.degraded, sd, run.size, config.batch, seed)
+        train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
+                      log=run.log_losses)
     if run.is_main:
         adapter_figure(run, adapter)
         save_adapter(adapter, run.out / "adapter.safetensors")
@@ -193,7 +197,7 @@ def base_prompt(run):
 def adapter_figure(run, adapter):
     """adapter.png: the same clean photo and noise, denoised with the base prompt and with the
     prompts of several degraded photos."""
-    seed, base = run.args.seed, base_prompt(run)
+    seed = run.args.seed
     degraded = draw_crops(run.degraded, run.size, seed, range(5), 1)            # (5,3,H,W)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
 
@@ -202,25 +206,24 @@ def adapter_figure(run, adapter):
                                  torch.Generator().manual_seed(seed))[0] for x_d in degraded]
 
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
-            "from the base prompt": images(lambda x_d: base),
+            "from the base prompt": images(lambda x_d: adapter.base),
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
 
 
 def load_photos(folder, size, run, flag):
-    """All readable photos below a folder, (3,H,W) uint8, at least `size` px high and wide.
-    Raises ValueError if there is none."""
+    """All readable photos below a folder, (3,H,W) uint8, as `fit_photo` scales them. Raises
+    ValueError if there is none."""
     files, small = list_images(folder, recursive=True), []
 
     def load(file):
         try:
             photo = read_image(file)
         except ValueError as error:
-            return run.log(f"skipped: {error}")
-        side = min(photo.shape[1:])
-        if side < size:
+            run.log(f"skipped: {error}")
+            return None
+        if min(photo.shape[1:]) < size:
             small.append(file)
-        wanted = min(max(side, size), max(MAX_PHOTO, size))
-        return photo if wanted == side else resize(photo, wanted, antialias=True)
+        return fit_photo(photo, run.args.photo_size, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         photos = list(tqdm(threads.map(load, files), flag[2:], len(files), disable=None))
@@ -231,6 +234,17 @@ def load_photos(folder, size, run, flag):
         run.log(f"{flag}: {len(small)} of {len(photos)} photos are smaller than the {size} px "
                 "crop and were upscaled")
     return photos
+
+
+def fit_photo(photo, longest, crop):
+    """Scales a photo (3,H,W): no side above `longest` px, but first of all none below `crop` px."""
+    height, width = photo.shape[1:]
+    scale = min(1, longest / max(height, width))
+    scale = max(scale, crop / min(height, width))
+    if scale == 1:
+        return photo
+    sides = [max(crop, round(scale * side)) for side in (height, width)]
+    return resize(photo, sides, antialias=True)
 
 
 def restore(run):
@@ -262,7 +276,6 @@ class Parser(argparse.ArgumentParser):
 
 # The config of each stage, and the prefix of its flags.
 CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
-MAX_PHOTO = 1024                        # px: photos whose shorter side is longer are downscaled
 
 
 def flags(config):
@@ -303,6 +316,12 @@ def make_parser():
         help="Stable Diffusion 1.x or 2.x: diffusers folder or hub id (the demo's mini-SD)")
     add("--degraded", type=Path, metavar="DIR", help="web photos in bad weather (the demo's)")
     add("--clean", type=Path, metavar="DIR", help="web photos in good weather (the demo's)")
+    add("--photo-size", type=number(int, 1), default=1024, metavar="PX",
+        help="reduce larger photos of --degraded and --clean to this longer side, so that streaks "
+             "and flakes have the size that they have in the teacher's training photos (1024)")
+    add("--adapter", type=Path, metavar="FILE",
+        help="an adapter.safetensors of another run, to be used instead of training one; its "
+             "Stable Diffusion must have the same prompt width (--tokens and --adapter-* unused)")
     add("--teacher", default=teacher, required=demo is None, metavar="SPEC",
         help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
@@ -436,6 +455,8 @@ class Run:
 
     def additions(self):
         """Names of the additions that are switched on."""
+        if self.args.adapter:
+            return [f"those of {self.args.adapter}"] + self.synth.active_additions()
         return self.adapter.active_additions() + self.synth.active_additions()
 
     def log(self, text):
@@ -465,57 +486,94 @@ class Run:
         args = self.args
         path = lambda p: str(Path(p).resolve()) if p and Path(p).exists() else p and str(p)
         adapter = dict(task=args.task, precision=args.precision, seed=args.seed, sd=path(args.sd),
-                       degraded=path(args.degraded), size=args.size)
+                       degraded=path(args.degraded), size=args.size,
+                       photo_size=args.photo_size, adapter_sha256=None)
+        if args.adapter:
+            adapter["adapter_sha256"] = hashlib.sha256(args.adapter.read_bytes()).hexdigest()
         distill = dict(teacher=path(args.teacher), teacher_multiple=args.teacher_multiple,
                        student_width=args.student_width)
         return {"adapter": adapter | asdict(self.adapter),
-                "synth": dict(clean=path(args.clean)) | asdict(self.synth),
+                "synth": dict(clean=path(args.clean), photo_size=args.photo_size)
+                | asdict(self.synth),
                 "distill": distill | asdict(self.distill),
                 "evaluate": dict(test=path(args.test), tile=args.tile)}
 
 
 def check_inputs(run):
     """Raises ValueError for wrong inputs, before any expensive work. Sets the student's width."""
-    args = run.args
+    check_stages(run)
+    check_folders(run)
+    check_teacher(run)
+    if any(stage in run.stages and (run.args.restart or not run.is_finished(stage))
+           for stage in ("adapter", "synth")):
+        check_diffusion(run)
+
+
+def check_stages(run):
+    """Each stage needs the files of the one before it."""
     for need, stage in zip(STAGES, list(STAGES)[1:]):
         if stage in run.stages and need not in run.stages:
-            deleted = args.restart and stage != run.stages[0]
+            deleted = run.args.restart and stage != run.stages[0]
             if deleted or not run.is_finished(need):
                 raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[need][0]}: run "
                                  f"--stage {need} first")
+
+
+def check_folders(run):
     for flag in ("degraded", "clean", "test"):
-        folder = getattr(args, flag)
+        folder = getattr(run.args, flag)
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{flag} {folder}: no such folder")
         if folder is not None and flag != "test" and not list_images(folder, recursive=True):
             raise ValueError(f"--{flag} {folder}: no image file (png, jpg, bmp, webp, tif)")
-    if args.test:
-        run.pairs
-    x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)   # odd sides
+    if run.args.test:
+        run.pairs                                           # raises if photos are unmatched
+
+
+def check_teacher(run):
+    """The teacher must work on images with odd sides, in float32 and in --precision."""
+    args, teacher = run.args, run.teacher
+    x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)
     with torch.no_grad():
-        outputs = [run.teacher(x)]
+        outputs = {"fp32": teacher(x)}
         try:
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                outputs.append(run.teacher(x))
+                outputs[args.precision] = teacher(x)
         except ValueError as error:
             reason = first_line(error.__cause__ or error)
             raise ValueError(f"the teacher does not support {args.precision} ({reason}): use "
                              "--precision fp32") from None
-    for output, precision in zip(outputs, ("fp32", args.precision)):
+    for precision, output in outputs.items():
         if not output.isfinite().all():
             raise ValueError(f"--teacher {args.teacher}: in {precision}, its output for a test "
                              "image is not finite")
-    half = run.teacher.config["width"] // 2 if isinstance(run.teacher, Restorer) else 32
+    half = teacher.config["width"] // 2 if isinstance(teacher, Restorer) else 32
     args.student_width = args.student_width or max(1, half)
-    if any(stage in run.stages and (args.restart or not run.is_finished(stage))
-           for stage in ("adapter", "synth")):
-        choose_timesteps(len(run.sd.alphas_cumprod), args.strength, args.steps)
-        run.sd.null_prompt(args.tokens)
-        if run.size % (8 * run.sd.factor):
-            raise ValueError(f"--size must be a multiple of {8 * run.sd.factor} px, not {run.size}")
-        if args.distill_crop > run.size:
-            raise ValueError(f"--distill-crop {args.distill_crop} is larger than the images, "
-                             f"{run.size} px")
+
+
+def check_diffusion(run):
+    """The settings of adapter and synth must fit the Stable Diffusion and one another."""
+    args, sd, size = run.args, run.sd, run.size
+    choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
+    sd.null_prompt(args.tokens)
+    if size % (8 * sd.factor):
+        raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not {size}")
+    if args.photo_size < size:
+        raise ValueError(f"--photo-size {args.photo_size} is smaller than the images, {size} px")
+    if args.distill_crop > size:
+        raise ValueError(f"--distill-crop {args.distill_crop} is larger than the images, {size} px")
+    if args.adapter:
+        adapter = load_adapter(args.adapter).config
+        if adapter["width"] != sd.width or not 2 <= adapter["tokens"] <= sd.max_tokens:
+            raise ValueError(
+                f"--adapter {args.adapter}: its prompts have {adapter['tokens']} tokens of width "
+                f"{adapter['width']}, but {args.sd} takes 2 to {sd.max_tokens} of width {sd.width}")
+    suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
+                       and args.strength == args.steps / 4)
+    if sd.timestep_spacing == "trailing" and not suits_few_steps:
+        run.log(f"warning: {args.sd} has trailing timesteps, as few-step models do. If it is one "
+                "like sd-turbo, use --scheduler ddim --guidance 1 --steps K --strength K/4, with K "
+                "from 1 to 4")
 
 
 def check_run_folder(run):

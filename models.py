@@ -153,11 +153,17 @@ class StableDiffusion:
     alphas_cumprod: torch.Tensor        # (T,) float32 on the CPU: abar_t of the model's schedule
     device: torch.device
     dtype: torch.dtype
+    timestep_spacing: str = "leading"   # of its scheduler; 'trailing' in few-step models
 
     @property
     def width(self):
         """d, the U-Net's cross-attention width: channels per prompt token."""
         return self.unet.config.cross_attention_dim
+
+    @property
+    def max_tokens(self):
+        """The longest prompt that the text encoder takes."""
+        return self.text_encoder.config.max_position_embeddings
 
     @property
     def factor(self):
@@ -195,13 +201,14 @@ class StableDiffusion:
 
     @torch.no_grad()
     def text_prompt(self, text, tokens=None):
-        """A text or a list of B texts to prompts (B,tokens,d), float32. tokens: 2 up to the text
-        encoder's maximum, which is the default; ValueError outside this range."""
-        limit = self.text_encoder.config.max_position_embeddings
-        if not 2 <= (tokens or limit) <= limit:
-            raise ValueError(f"this Stable Diffusion takes 2 to {limit} tokens, not {tokens}")
+        """A text or a list of B texts to prompts (B,tokens,d), float32. tokens: 2 to `max_tokens`,
+        which is the default; ValueError outside this range."""
+        tokens = tokens or self.max_tokens
+        if not 2 <= tokens <= self.max_tokens:
+            raise ValueError(f"this Stable Diffusion takes 2 to {self.max_tokens} tokens, "
+                             f"not {tokens}")
         ids = self.tokenizer([text] if isinstance(text, str) else list(text), truncation=True,
-                             padding="max_length", max_length=tokens or limit, return_tensors="pt")
+                             padding="max_length", max_length=tokens, return_tensors="pt")
         return self.text_encoder(ids.input_ids.to(self.device)).last_hidden_state.float()
 
     def null_prompt(self, tokens=None):
@@ -247,7 +254,7 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
         network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return StableDiffusion(vae, unet, text_encoder, tokenizer, prediction_type,
                            scheduler.alphas_cumprod.clamp(min=2 ** -24),   # no division by 0
-                           torch.device(device), dtype)
+                           torch.device(device), dtype, scheduler.config.timestep_spacing)
 
 
 def load_network(kind, source, name, **options):

@@ -7,6 +7,7 @@ every documented error.
 import argparse
 import ast
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -354,9 +355,21 @@ def test_timesteps_are_equally_spaced_and_end_at_the_clean_image():
             timesteps = synth.choose_timesteps(1000, strength, steps)
             assert len(timesteps) == steps and abs(timesteps[0] + 1 - 1000 * strength) < steps
             assert set(np.diff([*timesteps, -1])) == {-timesteps[-1] - 1}
-    assert synth.choose_timesteps(1000, 1.0, 4) == [999, 749, 499, 249]
     with pytest.raises(ValueError, match="steps must be in 1..50 at strength 0.05, not 51"):
         synth.choose_timesteps(1000, 0.05, 51)
+
+
+@pytest.mark.parametrize("total", [4, 8])                   # sd-turbo, Hyper-SD
+def test_few_step_models_get_the_timesteps_they_were_distilled_for(total):
+    """--steps k --strength k/total: the last k of the timesteps that diffusers calls trailing."""
+    from diffusers import DDIMScheduler
+    reference = DDIMScheduler(timestep_spacing="trailing")
+    reference.set_timesteps(total)
+    trained = reference.timesteps.tolist()
+    assert trained == {4: [999, 749, 499, 249],
+                       8: [999, 874, 749, 624, 499, 374, 249, 124]}[total]
+    for k in range(1, total + 1):
+        assert synth.choose_timesteps(1000, k / total, k) == trained[total - k:]
 
 
 @pytest.mark.parametrize("scheduler", list(synth.SOLVERS))
@@ -847,6 +860,25 @@ def test_stable_diffusion_scales_latents_and_makes_prompts(sd):
         sd.null_prompt(33)
     with pytest.raises(ValueError, match="multiples of 8"):
         sd.encode(x[..., :63])
+
+
+def test_trailing_timesteps_print_a_warning_unless_the_settings_suit_them(tmp_path, capsys):
+    folder = make_sd(tmp_path / "turbo")
+    file = folder / "scheduler/scheduler_config.json"
+    trailing = json.loads(file.read_text()) | {"timestep_spacing": "trailing"}
+    settings = "--scheduler ddim --guidance 1 --steps {0} --strength {1}"
+
+    def warning(flags):
+        run = d4ir.Run(d4ir.parse(["--task", "desnow", "--sd", str(folder), *flags.split()]))
+        d4ir.check_diffusion(run)
+        return capsys.readouterr().out
+
+    assert warning("") == ""                               # an ordinary model
+    file.write_text(json.dumps(trailing))
+    for flags in ("", settings.format(4, 0.5), settings.format(2, 0.5) + " --guidance 3"):
+        assert settings.format("K", "K/4") in warning(flags)
+    for k in (1, 2, 3, 4):
+        assert warning(settings.format(k, k / 4)) == ""
 
 
 def test_models_other_than_stable_diffusion_are_rejected(tmp_path):
@@ -1357,11 +1389,12 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(demo_run):
     again = run("--task", "desnow", "--out", out, *TINY)
     assert again.returncode == 0 and again.stdout.count("already finished") == 4, again.stderr
     assert before == times()
-    other = run("--task", "desnow", "--out", out, *TINY, "--strength", "0.4")
+    other = run("--task", "desnow", "--out", out, *TINY, "--strength", "0.4", "--photo-size", "99")
     assert other.returncode == 2 and other.stdout == "" and len(other.stderr.splitlines()) == 1
     strength = demo.SETTINGS["strength"]
     assert f"strength of synth was {strength}, now 0.4" in other.stderr
-    assert "--restart --stage synth" in other.stderr
+    assert "photo_size of adapter was 1024, now 99" in other.stderr
+    assert "--restart --stage adapter" in other.stderr
 
 
 def test_restore_and_export(demo_run, tmp_path):
@@ -1426,6 +1459,65 @@ def test_own_photos(own_photos, tmp_path):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["n_images"] == 4
 
 
+def test_photos_are_reduced_to_their_longer_side(tmp_path):
+    """But never below the crop; smaller ones are enlarged to it."""
+    picture = lambda height, width: torch.zeros(3, height, width, dtype=torch.uint8)
+    for size, fitted in (((3000, 2000), (300, 200)), ((2000, 4000), (150, 300)),
+                         ((4000, 1000), (400, 100)), ((200, 300), (200, 300)),
+                         ((50, 70), (100, 140)), ((50, 900), (100, 1800))):
+        assert d4ir.fit_photo(picture(*size), 300, 100).shape == (3, *fitted), size
+        turned = d4ir.fit_photo(picture(*size[::-1]), 300, 100)
+        assert turned.shape == (3, *fitted[::-1])
+    save(photo(0, 150, 200), tmp_path / "photos/a.png")
+    run = d4ir.Run(d4ir.parse(["--task", "desnow", "--photo-size", "120"]))
+    (small,) = d4ir.load_photos(tmp_path / "photos", 64, run, "--clean")
+    assert small.shape == (3, 90, 120)
+
+
+def test_an_adapter_of_another_run(demo_run, own_photos, tmp_path):
+    """It is copied, recorded by its sha256, and used with another Stable Diffusion and photos."""
+    adapter, out = demo_run[0] / "adapter.safetensors", tmp_path / "run"
+    command = ["--task", "derain", *own_photos, "--sd", make_sd(tmp_path / "sd", "v_prediction"),
+               "--precision", "fp32", "--out", out, "--adapter"]
+    done = run(*command, adapter)
+    assert done.returncode == 0, done.stderr
+    assert (out / "adapter.safetensors").read_bytes() == adapter.read_bytes()
+    assert (out / "adapter.png").exists() and (out / "metrics.json").exists()
+    assert f"additions: those of {adapter}\n" in done.stdout
+    digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    config = json.loads((out / "config.json").read_text())
+    assert config["adapter"]["adapter_sha256"] == digest
+
+    other = tmp_path / "other.safetensors"
+    prompt_adapter.save_adapter(prompt_adapter.PromptAdapter(128, 8), other)
+    done = run(*command, other)
+    assert done.returncode == 2 and f"adapter_sha256 of adapter was '{digest}'" in done.stderr
+    done = run(*command[:-1])                              # --adapter was forgotten
+    assert done.returncode == 2 and f"was '{digest}', now None" in done.stderr
+    done = run(*command, other, "--stage", "adapter", "--restart")
+    assert done.returncode == 0, done.stderr
+    assert (out / "adapter.safetensors").read_bytes() == other.read_bytes()
+    assert not (out / "synth").exists()                    # made with the earlier adapter
+    done = run(*command, other, "--stage", "synth")
+    assert done.returncode == 0 and (out / "synth.png").exists(), done.stderr
+
+
+def test_an_adapter_must_fit_the_stable_diffusion(own_photos, tmp_path):
+    command = ["--task", "derain", *own_photos, "--out", tmp_path / "run", "--adapter"]
+    for tokens, width in ((4, 64), (33, 128), (1, 128)):
+        file = tmp_path / f"{tokens}-{width}.safetensors"
+        prompt_adapter.save_adapter(prompt_adapter.PromptAdapter(width, tokens, channels=2), file)
+        message = (f"{file.name}: its prompts have {tokens} tokens of width {width}, but .*mini-sd "
+                   "takes 2 to 32 of width 128")
+        with pytest.raises(ValueError, match=message):
+            d4ir.main([*map(str, command), str(file)])
+    done = run(*command, file)
+    assert done.returncode == 2 and re.search(message, done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    done = run(*command, file, "--stage", "synth")
+    assert done.returncode == 2 and "run --stage adapter first" in done.stderr
+
+
 def test_the_papers_method_alone_by_command_line(own_photos, tmp_path):
     done = run("--task", "derain", *own_photos, "--out", tmp_path / "run", "--no-additions")
     assert done.returncode == 0, done.stderr
@@ -1477,6 +1569,9 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
              (["--scheduler", "euler"], "ddim"), (["--device", "tpu"], "--device tpu"),
              (["--stage", "distill"], "run --stage synth first"),
              (["--distill-crop", "999"], "larger than the images, 96 px"),
+             (["--photo-size", "95"], "--photo-size 95 is smaller than the images, 96 px"),
+             (["--adapter", folders / "bad/broken.png"], "broken.png: not an adapter"),
+             (["--adapter", tmp_path / "absent"], "absent: not an adapter"),
              (["--teacher", f"{net}:Halving@{weights}"], "teacher-multiple"),
              (["--teacher", f"{net}:Fourier@{weights}", "--precision", "bf16"],
               "use --precision fp32"),
