@@ -75,6 +75,7 @@ TASKS = {
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
                 ("haze", "rain", "snow"), dict(distill_steps=4500)),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Files of each stage in the run folder; the first one exists once the stage is finished.
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt", "adapter.png", "log.jsonl"),
             "synth": ("synth.png", "synth"),
@@ -131,8 +132,8 @@ def synth_stage(run):
     run.barrier()
     if run.is_main:
         shown = range(min(5, run.synth.images))
-        clean, degraded = (draw_crops(photos, run.size, run.args.seed, shown, stream)
-                           for stream, photos in enumerate((run.clean, run.degraded)))
+        clean = draw_crops(run.clean, run.size, run.args.seed, shown, 0)
+        degraded = draw_crops(run.degraded, run.size, run.args.seed, shown, 1)
         images = [read_image(folder / f"{i:06d}.png") / 255 for i in shown]
         figure({"clean": clean, "degraded (reference for the weather)": degraded,
                 "synthesized": images}, run.out / "synth.png")
@@ -237,7 +238,8 @@ def load_photos(folder, size, run, flag):
 
 
 def fit_photo(photo, longest, crop):
-    """Scales a photo (3,H,W): no side above `longest` px, but first of all none below `crop` px."""
+    """A photo (3,H,W), reduced to `longest` px if its longer side is longer, and enlarged to `crop`
+    px if its shorter side would be shorter."""
     height, width = photo.shape[1:]
     scale = min(1, longest / max(height, width))
     scale = max(scale, crop / min(height, width))
@@ -274,22 +276,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-# The config of each stage, and the prefix of its flags.
-CONFIGS = {AdapterConfig: "adapter-", SynthConfig: "", DistillConfig: "distill-"}
+# The config of each stage, and the prefix of its options.
+CONFIGS = {AdapterConfig: "adapter_", SynthConfig: "", DistillConfig: "distill_"}
 
 
-def flags(config):
-    """(flag, field, comment) for every field of a stage's config."""
+def options(config):
+    """(option, field, comment) for every field of a stage's config, as in ("adapter_lr", ...)."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.M))
     for f in fields(config):
         prefix = "" if f.name == "tokens" else CONFIGS[config]
-        yield prefix + f.name.replace("_", "-"), f, comments[f.name]
+        yield prefix + f.name, f, comments[f.name]
 
 
 def additions_off():
-    """{flag: value that switches it off}, for all additions."""
-    return {flag: config.ADDITIONS[f.name] for config in (AdapterConfig, SynthConfig)
-            for flag, f, _ in flags(config) if f.name in config.ADDITIONS}
+    """{option: value that switches it off}, for all additions."""
+    return {name: config.ADDITIONS[f.name] for config in (AdapterConfig, SynthConfig)
+            for name, f, _ in options(config) if f.name in config.ADDITIONS}
+
+
+def to_flag(name):
+    """adapter_lr to --adapter-lr."""
+    return "--" + name.replace("_", "-")
 
 
 def number(kind, least):
@@ -304,8 +311,9 @@ def number(kind, least):
 
 
 def make_parser():
-    mini_sd, teacher = (demo and str(demo.WEIGHTS / name)
-                        for name in ("mini-sd", "teacher.safetensors"))
+    mini_sd = demo and str(demo.WEIGHTS / "mini-sd")
+    teacher = demo and str(demo.WEIGHTS / "teacher.safetensors")
+    without_additions = [name for name, task in TASKS.items() if not task.demo_additions]
     parser = Parser(prog="d4ir.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -317,11 +325,11 @@ def make_parser():
     add("--degraded", type=Path, metavar="DIR", help="web photos in bad weather (the demo's)")
     add("--clean", type=Path, metavar="DIR", help="web photos in good weather (the demo's)")
     add("--photo-size", type=number(int, 1), default=1024, metavar="PX",
-        help="reduce larger photos of --degraded and --clean to this longer side, so that streaks "
-             "and flakes have the size that they have in the teacher's training photos (1024)")
+        help="reduce larger photos of --degraded and --clean to this longer side: rain and snow "
+             "should have the same scale as in the teacher's training photos (1024)")
     add("--adapter", type=Path, metavar="FILE",
-        help="an adapter.safetensors of another run, to be used instead of training one; its "
-             "Stable Diffusion must have the same prompt width (--tokens and --adapter-* unused)")
+        help="use the adapter.safetensors of another run instead of training one; its Stable "
+             "Diffusion must have the same prompt width; --tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, required=demo is None, metavar="SPEC",
         help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
@@ -333,11 +341,10 @@ def make_parser():
     add("--restart", action="store_true",
         help="delete and rerun the first stage in --stage and all later ones")
     add("--no-additions", action="store_true",
-        help="the paper's method alone: switch off " + ", ".join(additions_off())
-             + " (the demo has them off for " + ", ".join(
-                 name for name, task in TASKS.items() if not task.demo_additions) + ")")
+        help=f"the paper's method alone: switch off {', '.join(map(to_flag, additions_off()))} "
+             f"(the demo has them off for {', '.join(without_additions)})")
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if available)")
-    add("--precision", choices=("bf16", "fp16", "fp32"),
+    add("--precision", choices=DTYPES,
         help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a CPU "
              "without bf16 instructions)")
     add("--seed", type=number(int, 0), default=0, help="random seed (0)")
@@ -348,7 +355,7 @@ def make_parser():
     add("--output", type=Path, metavar="DIR", help="restore: folder for the PNG files")
     for config in CONFIGS:
         group = parser.add_argument_group(config.__name__, config.__doc__)
-        for flag, f, comment in flags(config):
+        for name, f, comment in options(config):
             if isinstance(f.default, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
             elif isinstance(f.default, str):
@@ -356,12 +363,13 @@ def make_parser():
             else:                                           # 0 is a valid number if it is a default
                 least = 1 if f.type is int and f.default else 0
                 kind = dict(type=number(f.type, least))
-            name, default = flag.replace("-", "_"), repr(f.default)
+            default = repr(f.default)
             if demo and name in demo.SETTINGS:
                 default += f"; demo: {demo.SETTINGS[name]!r}"
-            default += "".join(f"; demo, {task}: {entry.demo_settings[name]!r}"
-                               for task, entry in TASKS.items() if name in entry.demo_settings)
-            group.add_argument(f"--{flag}", default=f.default, **kind,
+            for task, entry in TASKS.items():
+                if name in entry.demo_settings:
+                    default += f"; demo, {task}: {entry.demo_settings[name]!r}"
+            group.add_argument(to_flag(name), default=f.default, **kind,
                                help=f"{comment} ({default})".replace("%", "%%"))
     return parser
 
@@ -369,8 +377,7 @@ def make_parser():
 def parse(argv):
     """Parses the command line. Where the demo's Stable Diffusion is used, the demo's settings are
     the defaults (demo.SETTINGS and the task's own)."""
-    parser = make_parser()
-    off = {flag.replace("-", "_"): value for flag, value in additions_off().items()}
+    parser, off = make_parser(), additions_off()
     args = parser.parse_args(argv)
     if demo and Path(args.sd).resolve() == (demo.WEIGHTS / "mini-sd").resolve():
         task = TASKS[args.task]
@@ -379,9 +386,9 @@ def parse(argv):
     if args.no_additions:
         parser.set_defaults(**off)
     args = parser.parse_args(argv)
-    on = [name.replace("_", "-") for name, value in off.items() if getattr(args, name) != value]
+    on = [to_flag(name) for name, value in off.items() if getattr(args, name) != value]
     if args.no_additions and on:
-        parser.error(f"--no-additions cannot be combined with --{on[0]}")
+        parser.error(f"--no-additions cannot be combined with {on[0]}")
     if set(STANDALONE) & set(args.stage or ()) and len(args.stage) > 1:
         parser.error("--stage restore and --stage export cannot be combined with other stages")
     if args.stage == ["restore"] and not (args.input and args.output):
@@ -399,26 +406,13 @@ class Run:
         self.args, self.out = args, args.out
         self.stages = [stage for stage in STAGES if stage in (args.stage or STAGES)]
         self.adapter, self.synth, self.distill = (
-            config(**{f.name: getattr(args, flag.replace("-", "_"))
-                      for flag, f, _ in flags(config)}) for config in CONFIGS)
+            config(**{f.name: getattr(args, name) for name, f, _ in options(config)})
+            for config in CONFIGS)
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.device(device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {first_line(error)}") from None
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if args.precision is None:
-            cpu = getattr(torch.cpu, "get_capabilities", dict)()            # torch < 2.10: {}
-            has_bf16 = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-            args.precision = "bf16" if self.device.type != "cpu" or has_bf16 else "fp32"
-        self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16,
-                          fp32=torch.float32)[args.precision]
+        self.device = choose_device(args.device)
+        args.precision = args.precision or ("bf16" if has_bf16(self.device) else "fp32")
+        self.dtype = DTYPES[args.precision]
         if self.ranks > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=6))
@@ -483,55 +477,73 @@ class Run:
 
     def settings(self):
         """{stage: what its product depends on}."""
-        args = self.args
-        path = lambda p: str(Path(p).resolve()) if p and Path(p).exists() else p and str(p)
-        adapter = dict(task=args.task, precision=args.precision, seed=args.seed, sd=path(args.sd),
-                       degraded=path(args.degraded), size=args.size,
-                       photo_size=args.photo_size, adapter_sha256=None)
+        args, adapter_sha256 = self.args, None
         if args.adapter:
-            adapter["adapter_sha256"] = hashlib.sha256(args.adapter.read_bytes()).hexdigest()
-        distill = dict(teacher=path(args.teacher), teacher_multiple=args.teacher_multiple,
+            adapter_sha256 = hashlib.sha256(args.adapter.read_bytes()).hexdigest()
+        adapter = dict(task=args.task, precision=args.precision, seed=args.seed,
+                       sd=absolute(args.sd), degraded=absolute(args.degraded), size=args.size,
+                       photo_size=args.photo_size, adapter_sha256=adapter_sha256)
+        synth = dict(clean=absolute(args.clean), photo_size=args.photo_size)
+        distill = dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple,
                        student_width=args.student_width)
-        return {"adapter": adapter | asdict(self.adapter),
-                "synth": dict(clean=path(args.clean), photo_size=args.photo_size)
-                | asdict(self.synth),
+        return {"adapter": adapter | asdict(self.adapter), "synth": synth | asdict(self.synth),
                 "distill": distill | asdict(self.distill),
-                "evaluate": dict(test=path(args.test), tile=args.tile)}
+                "evaluate": dict(test=absolute(args.test), tile=args.tile)}
+
+
+def choose_device(name):
+    """The device of --device, or of this process. Raises ValueError if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {first_line(error)}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def has_bf16(device):
+    """Whether a device computes bf16 in hardware. torch < 2.10 does not know this of a CPU."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type != "cpu" or any(map(cpu.get, ("avx512_bf16", "amx_bf16", "bf16")))
+
+
+def absolute(path):
+    """A path as a string, absolute if it exists; hub ids and None stay as they are."""
+    if path is None:
+        return None
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
 def check_inputs(run):
     """Raises ValueError for wrong inputs, before any expensive work. Sets the student's width."""
-    check_stages(run)
-    check_folders(run)
+    args = run.args
+    for need, stage in zip(STAGES, list(STAGES)[1:]):
+        if stage in run.stages and need not in run.stages:
+            deleted = args.restart and stage != run.stages[0]
+            if deleted or not run.is_finished(need):
+                raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[need][0]}: run "
+                                 f"--stage {need} first")
+    for name in ("degraded", "clean", "test"):
+        folder = getattr(args, name)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} {folder}: no such folder")
+        if folder is not None and name != "test" and not list_images(folder, recursive=True):
+            raise ValueError(f"--{name} {folder}: no image file (png, jpg, bmp, webp, tif)")
+    if args.test:
+        run.pairs                                           # raises ValueError for unmatched photos
     check_teacher(run)
-    if any(stage in run.stages and (run.args.restart or not run.is_finished(stage))
+    if any(stage in run.stages and (args.restart or not run.is_finished(stage))
            for stage in ("adapter", "synth")):
         check_diffusion(run)
 
 
-def check_stages(run):
-    """Each stage needs the files of the one before it."""
-    for need, stage in zip(STAGES, list(STAGES)[1:]):
-        if stage in run.stages and need not in run.stages:
-            deleted = run.args.restart and stage != run.stages[0]
-            if deleted or not run.is_finished(need):
-                raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[need][0]}: run "
-                                 f"--stage {need} first")
-
-
-def check_folders(run):
-    for flag in ("degraded", "clean", "test"):
-        folder = getattr(run.args, flag)
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"--{flag} {folder}: no such folder")
-        if folder is not None and flag != "test" and not list_images(folder, recursive=True):
-            raise ValueError(f"--{flag} {folder}: no image file (png, jpg, bmp, webp, tif)")
-    if run.args.test:
-        run.pairs                                           # raises if photos are unmatched
-
-
 def check_teacher(run):
-    """The teacher must work on images with odd sides, in float32 and in --precision."""
+    """Runs the teacher on an image with odd sides, in float32 and in --precision."""
     args, teacher = run.args, run.teacher
     x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)
     with torch.no_grad():
@@ -552,7 +564,7 @@ def check_teacher(run):
 
 
 def check_diffusion(run):
-    """The settings of adapter and synth must fit the Stable Diffusion and one another."""
+    """Checks the settings of adapter and synth against the Stable Diffusion and one another."""
     args, sd, size = run.args, run.sd, run.size
     choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
     sd.null_prompt(args.tokens)
@@ -579,21 +591,15 @@ def check_diffusion(run):
 def check_run_folder(run):
     """Rejects a run folder made with other settings, removes what --restart reruns, and writes
     config.json."""
-    file, settings = run.out / "config.json", run.settings()
-    redo = list(STAGES)[list(STAGES).index(run.stages[0]):] if run.args.restart else []
-    try:
-        old = json.loads(file.read_text(encoding="utf-8"))
-        old = {stage: dict(old[stage]) for stage in STAGES}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        if file.exists() or any(map(run.has_started, STAGES)):
-            raise ValueError(f"{run.out} contains files but no valid config.json; choose "
-                             "another --out") from None
-        old = settings
+    settings = run.settings()
+    old = read_settings(run) or settings
     if "evaluate" not in run.stages:
         settings["evaluate"] = old["evaluate"]
+    redo = list(STAGES)[list(STAGES).index(run.stages[0]):] if run.args.restart else []
+    kept = [stage for stage in STAGES if run.has_started(stage) and stage not in redo]
     changed = [(stage, f"{key} of {stage} was {old[stage].get(key)!r}, now {value!r}")
-               for stage in STAGES if run.has_started(stage) and stage not in redo
-               for key, value in settings[stage].items() if old[stage].get(key) != value]
+               for stage in kept for key, value in settings[stage].items()
+               if old[stage].get(key) != value]
     if changed:
         differences = "; ".join(text for _, text in changed)
         raise ValueError(f"{run.out} was made with other settings: {differences}. Use the same "
@@ -611,16 +617,30 @@ def check_run_folder(run):
         versions = {module.__name__: module.__version__ for module in
                     (torch, torchvision, diffusers, transformers, numpy, PIL)}
         versions["python"] = platform.python_version()
-        write_text(file, json.dumps(settings | dict(
+        write_text(run.out / "config.json", json.dumps(settings | dict(
             additions=run.additions(), versions=versions, device=str(run.device),
             processes=run.ranks), indent=2))
     run.barrier()
 
 
+def read_settings(run):
+    """{stage: settings} in the folder's config.json; None for a new folder. Raises ValueError if
+    stages have started but their settings cannot be read."""
+    file = run.out / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return {stage: dict(settings[stage]) for stage in STAGES}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        if file.exists() or any(map(run.has_started, STAGES)):
+            raise ValueError(f"{run.out} contains files but no valid config.json; choose "
+                             "another --out") from None
+        return None
+
+
 def lock_folder(folder):
-    """Locks the run folder for this process and deletes temporary files left by a killed one. The
-    lock is held until the returned file is closed or the process exits. Raises ValueError if
-    another process holds it."""
+    """Locks the run folder and deletes the temporary files of a killed process. The lock is held
+    until the returned file is closed or this process exits. Raises ValueError if another process
+    holds it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     file.seek(0)
     last = file.read()                                      # the last process that used the folder
@@ -643,19 +663,19 @@ def lock_folder(folder):
 def write_demo_photos(run):
     """Writes demo images into the run folder for every photo folder that was not specified."""
     args = run.args
-    missing = [flag for flag in ("degraded", "clean", "test") if getattr(args, flag) is None]
-    embedded = missing + [flag for flag in ("sd", "teacher")
-                          if demo and str(demo.WEIGHTS) in getattr(args, flag)]
-    if embedded:
-        run.log("using the bundled demo for: " + ", ".join(f"--{flag}" for flag in embedded))
+    missing = [name for name in ("degraded", "clean", "test") if getattr(args, name) is None]
+    bundled = [name for name in ("sd", "teacher")
+               if demo and str(demo.WEIGHTS) in getattr(args, name)]
+    if missing or bundled:
+        run.log("using the bundled demo for: --" + ", --".join(missing + bundled))
     if missing and demo is None:
         raise ValueError(f"demo/ is missing; specify --{' and --'.join(missing)}")
     folder = run.out / "demo" / args.task
     if missing and run.is_main:
         from demo import photos
         photos.write_photos(folder, TASKS[args.task].weather, missing)
-    for flag in missing:
-        setattr(args, flag, folder / flag)
+    for name in missing:
+        setattr(args, name, folder / name)
     run.barrier()
 
 

@@ -102,15 +102,14 @@ def measure(image, truth):
 def evaluate(model, pairs, *, tile=1024, label="evaluate"):
     """The metrics of a model, averaged over pairs; of the degraded photos if model is None.
 
-    pairs: list of Pair, or of (degraded, truth) tensors (3,H,W) in [0,1].
-    tile: see `restore`. label: of the progress bar.
+    pairs: list of Pair. tile: see `restore`. label: of the progress bar.
     Returns {"psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "n_images", "cropped", "images"}: means
     over the photos; how many ground truths were centre-cropped; the metrics of each photo.
     Raises ValueError if there are no pairs.
     """
     rows, cropped = [], 0
     for pair in tqdm(pairs, label, disable=None):
-        degraded, truth, was_cropped = pair.read() if isinstance(pair, Pair) else (*pair, False)
+        degraded, truth, was_cropped = pair.read()
         output = degraded if model is None else restore(model, degraded, tile)
         rows.append(measure(output, truth))
         cropped += was_cropped
@@ -172,10 +171,10 @@ def spans(length, tile, overlap):
 def restore_folder(model, source, folder, tile=1024):
     """Restores a photo, or all photos below a folder, into `folder` as PNG files.
 
-    Sub-folders are kept: source/a/b.jpg becomes folder/a/b.png; if source/a has a b.png too, they
-    become b.jpg.png and b.png.png. Unreadable photos are skipped with a message. Photos below
-    `folder` itself are not restored. Raises ValueError if there is no photo, none can be read, or
-    one would be overwritten.
+    Subfolders are kept: source/a/b.jpg becomes folder/a/b.png, or b.jpg.png beside a b.png.png if
+    source/a has a b.png, too. Unreadable photos are skipped with a message, and photos below
+    `folder` are ignored. Raises ValueError if there is no photo, none can be read, or one would be
+    overwritten.
     """
     source, folder = Path(source), Path(folder)
     root = source if source.is_dir() else source.parent
@@ -219,16 +218,15 @@ def cost(model, size=256, runs=5):
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     flops = FlopCounterMode(display=False, custom_mapping={cpu_attention: attention_flops})
     memory, times = LiveTensors([x, *model.parameters(), *model.buffers()]), []
+    synchronize = torch.cuda.synchronize if x.is_cuda else lambda device: None
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with flops, memory:
             model(x)
         for _ in range(runs):
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)           # synchronize before timing
+            synchronize(x.device)
             start = time.perf_counter()
             model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
+            synchronize(x.device)
             times.append(1000 * (time.perf_counter() - start))
     values = (sum(p.numel() for p in model.parameters()), flops.get_total_flops() / 2e9,
               statistics.median(times), memory.peak / 2 ** 20)
@@ -236,7 +234,7 @@ def cost(model, size=256, runs=5):
 
 
 def attention_flops(query, key, value, *others, **named):
-    """FLOPs of attention on a CPU, which torch's counter leaves out; the arguments are shapes."""
+    """FLOPs of attention on a CPU, which torch's counter ignores; the arguments are shapes."""
     return sdpa_flop_count(query, key, value)
 
 
@@ -290,8 +288,8 @@ def read_image(path):
 
 
 def list_images(folder, recursive=False):
-    """The image files in a folder in natural order (2.png before 10.png); hidden files and folders
-    are left out."""
+    """The image files in a folder in natural order (2.png before 10.png), without hidden files and
+    folders."""
     images = []
     for path in Path(folder).rglob("*") if recursive else Path(folder).iterdir():
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -374,7 +372,7 @@ def find_set(folder):
 
 def match_files(degraded, truth, name):
     """Pairs the files of two folders by the one rule of RULES that fits them all; never by their
-    order. Raises ValueError, with the names, if files are left over or two truths share a name."""
+    order. Raises ValueError, with the names, for files without partner and truths of one name."""
     inputs, truths = list_images(degraded), {}
     for path in list_images(truth):
         if truth == degraded.parent and not path.stem.startswith("norain"):

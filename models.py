@@ -101,15 +101,14 @@ class Restorer(nn.Module):
             local = features | 1 if window else 0          # made odd
             return nn.Sequential(*[Block(channels, local) for _ in range(count)])
 
-        *widths, bottom = [width * 2 ** level for level in range(len(encoder) + 1)]
+        widths = [width * 2 ** level for level in range(len(encoder))]
         self.intro = nn.Conv2d(12, width, 3, padding=1)
         self.encoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, encoder))
         self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in widths)
-        self.middle = blocks(bottom, middle)
-        widths.reverse()
+        self.middle = blocks(2 * widths[-1], middle)
         self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * c, 4 * c, 1, bias=False),
-                                               nn.PixelShuffle(2)) for c in widths)
-        self.decoders = nn.ModuleList(blocks(c, n) for c, n in zip(widths, decoder))
+                                               nn.PixelShuffle(2)) for c in reversed(widths))
+        self.decoders = nn.ModuleList(blocks(c, n) for c, n in zip(reversed(widths), decoder))
         self.ending = nn.Conv2d(width, 12, 3, padding=1)
         nn.init.zeros_(self.ending.weight)                 # starts as the identity
         nn.init.zeros_(self.ending.bias)
@@ -184,12 +183,12 @@ class StableDiffusion:
                              f"not {tuple(image.shape[-2:])}")
         image = image.to(self.device, self.dtype, memory_format=torch.channels_last) * 2 - 1
         z = self.vae.encode(image).latent_dist.mode().float()
-        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return z * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents):
         """latents (B,C,h,w) to image (B,3,f h,f w), float32, clamped to [0,1]."""
-        z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        z = latents / self.vae.config.scaling_factor
         z = z.to(self.device, self.dtype, memory_format=torch.channels_last)
         return ((self.vae.decode(z).sample.float() + 1) / 2).clamp(0, 1)
 
@@ -291,9 +290,9 @@ def load_restorer(spec, device="cpu", multiple=1):
     multiple: the input of a FILE.py network is padded to a multiple of this, px.
     Raises ValueError if a file or name is missing, unreadable, or does not match the network.
     """
-    foreign = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(\(.*\))?@(.+)", str(spec))
-    if foreign:
-        file, name, arguments, weights = foreign.groups()
+    external = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(\(.*\))?@(.+)", str(spec))
+    if external:
+        file, name, arguments, weights = external.groups()
         network = build_network(Path(file), name, arguments or "()")
         load_matching(network, read_weights(Path(weights)), weights)
         return ExternalRestorer(network, multiple).requires_grad_(False).eval().to(device)
@@ -389,7 +388,7 @@ class ExternalRestorer(nn.Module):
         new_shape = tuple(getattr(output, "shape", ()))
         if new_shape != shape:
             raise ValueError(f"the teacher maps {shape} to {new_shape}; it must keep the shape "
-                             "(does it need another --teacher-multiple?)")
+                             "(does it need a different --teacher-multiple?)")
         return output[..., :image.shape[-2], :image.shape[-1]]
 
 
@@ -429,21 +428,21 @@ def parse_keywords(name, arguments):
 def import_first_from(folder):
     """Imports inside the block look in `folder` first.
 
-    Other projects often have a `models.py` or a `demo` of their own; as long as ours is in
-    sys.modules, `import models` in a teacher's file would return ours. So ours are set aside.
+    Other projects often have a `models.py` or a `demo` of their own. As long as ours is in
+    sys.modules, their `import models` would return it, so ours are removed for the block.
     """
-    path, ours = list(sys.path), remove_own_modules()
+    path, ours = list(sys.path), pop_own_modules()
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        remove_own_modules()                               # the teacher's modules of these names
+        pop_own_modules()                                  # the teacher's modules of these names
         sys.modules.update(ours)
         sys.path[:] = path
 
 
-def remove_own_modules():
-    """Removes the modules named like this project's from sys.modules; returns {name: module}."""
+def pop_own_modules():
+    """Removes modules with the names of this project's files from sys.modules; returns them."""
     own = {path.stem for path in Path(__file__).resolve().parent.iterdir()}
     names = [name for name in sys.modules if name.partition(".")[0] in own]
     return {name: sys.modules.pop(name) for name in names}
@@ -475,7 +474,7 @@ def read_weights(path):
 def load_matching(model, state, source, assign=False):
     """Loads a state_dict whose keys may share a prefix ('module.', 'net.', ...).
 
-    Raises ValueError, with names, if keys are missing or left over, or if a shape differs.
+    Raises ValueError, with names, for missing keys, unexpected keys, and shapes that differ.
     """
     prefix = find_prefix(state, model.state_dict())
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -490,7 +489,7 @@ def load_matching(model, state, source, assign=False):
 
 
 def find_prefix(state, expected):
-    """The prefix under which `state` has the most of the expected keys; '' if there is none."""
+    """The prefix under which `state` has the most of the expected keys; '' without a prefix."""
     first = next(iter(expected), "")
     prefixes = {key.removesuffix(first) for key in state if key.endswith("." + first)}
     matches = {prefix: sum(prefix + key in state for key in expected)

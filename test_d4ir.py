@@ -500,17 +500,17 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
 
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
-    assert set(off) == {"negative-prompt", "anchor", "adapter-t-max", "adapter-jitter",
-                        "adapter-cross-crop", "adapter-caption-base"}
+    assert set(off) == {"negative_prompt", "anchor", "adapter_t_max", "adapter_jitter",
+                        "adapter_cross_crop", "adapter_caption_base"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
     assert set(default) == {"t_max", "jitter", "cross_crop", "caption_base", "negative_prompt",
                             "anchor"}
     assert active("--no-additions") == active("--sd", "elsewhere") == []
-    for flag, value in off.items():
-        switch = [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
-        name = flag.removeprefix("adapter-").replace("-", "_")
-        assert set(active(*switch)) == set(default) - {name}
+    for name, value in off.items():
+        flag = d4ir.to_flag(name)
+        switch = [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
+        assert set(active(*switch)) == set(default) - {name.removeprefix("adapter_")}
     with pytest.raises(SystemExit):
         d4ir.parse(["--task", "desnow", "--no-additions", "--anchor"])
     assert "--no-additions cannot be combined with --anchor" in capsys.readouterr().err
@@ -886,6 +886,7 @@ def test_models_other_than_stable_diffusion_are_rejected(tmp_path):
               projection_class_embeddings_input_dim=64)
     without_tokenizer, incomplete = (make_sd(tmp_path / name) for name in ("words", "part"))
     shutil.rmtree(without_tokenizer / "tokenizer")
+    text = json.loads((without_tokenizer / "text_encoder/config.json").read_text())
     path = incomplete / "unet/diffusion_pytorch_model.safetensors"
     state = load_file(path)
     del state["conv_out.bias"]
@@ -897,7 +898,7 @@ def test_models_other_than_stable_diffusion_are_rejected(tmp_path):
             (make_sd(tmp_path / "x0", "sample"), "'sample'"),
             (make_sd(tmp_path / "xl", **xl), "SDXL"),
             (make_sd(tmp_path / "lcm", time_cond_proj_dim=8), "LCM"),
-            (without_tokenizer, "2 tokens, but the text encoder expects 308"),
+            (without_tokenizer, f"2 tokens, but the text encoder expects {text['vocab_size']};"),
             (incomplete, "unet: 1 weights are missing from the file: conv_out.bias")):
         with pytest.raises(ValueError, match=message):
             models.load_stable_diffusion(folder)
@@ -1088,7 +1089,7 @@ def test_images_of_every_mode_are_read(tmp_path):
             evaluate.read_image(tmp_path / name)
 
 
-def test_list_images_sorts_numbers_and_leaves_hidden_files_out(tmp_path):
+def test_list_images_sorts_numbers_and_ignores_hidden_files(tmp_path):
     for name in (".thumbnails/a.png", "b/10.png", "b/2.png", "b/.c.png"):
         save(photo(0, 12, 12), tmp_path / name)
     (tmp_path / "b/notes.txt").write_text("x")
@@ -2240,7 +2241,7 @@ def test_every_setting_is_read():
                          (synth.SynthConfig, "synth.py"), (distill.DistillConfig, "distill.py")):
         text = re.sub(r"def __post_init__.*?(?=\n\S)", "",
                       (HERE / file).read_text(), flags=re.S) + (HERE / "d4ir.py").read_text()
-        for _, field, comment in d4ir.flags(config):
+        for _, field, comment in d4ir.options(config):
             assert comment
             assert any(f"{name}.{field.name}" in text for name in objects), field.name
 
