@@ -90,7 +90,9 @@ def main(argv=None):
     """Runs the stages in order, skipping finished ones. Returns the Run."""
     run = Run(parse(argv))
     if not run.stages:                                      # restore, export
-        return STANDALONE[run.args.stage[0]](run) if run.is_main else None
+        if run.is_main:
+            STANDALONE[run.args.stage[0]](run)
+        return run
     check_inputs(run)
     check_run_folder(run)
     write_demo_photos(run)
@@ -108,8 +110,8 @@ def main(argv=None):
 def adapter_stage(run):
     """DPA: learns a prompt for every degraded photo, or copies the adapter of --adapter."""
     sd, config, seed = run.sd, run.adapter, run.args.seed + 1000 * run.rank
-    if run.args.adapter:
-        adapter = load_adapter(run.args.adapter, run.device)
+    if run.args.adapter_file:
+        adapter = load_adapter(run.args.adapter_file, run.device)
     else:
         torch.manual_seed(run.args.seed)
         base = base_prompt(run)
@@ -327,7 +329,7 @@ def make_parser():
     add("--photo-size", type=number(int, 1), default=1024, metavar="PX",
         help="reduce larger photos of --degraded and --clean to this longer side: rain and snow "
              "should have the same scale as in the teacher's training photos (1024)")
-    add("--adapter", type=Path, metavar="FILE",
+    add("--adapter", dest="adapter_file", type=Path, metavar="FILE",
         help="use the adapter.safetensors of another run instead of training one; its Stable "
              "Diffusion must have the same prompt width; --tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, required=demo is None, metavar="SPEC",
@@ -449,8 +451,8 @@ class Run:
 
     def additions(self):
         """Names of the additions that are switched on."""
-        if self.args.adapter:
-            return [f"those of {self.args.adapter}"] + self.synth.active_additions()
+        if self.args.adapter_file:
+            return [f"those of {self.args.adapter_file}"] + self.synth.active_additions()
         return self.adapter.active_additions() + self.synth.active_additions()
 
     def log(self, text):
@@ -478,8 +480,8 @@ class Run:
     def settings(self):
         """{stage: what its product depends on}."""
         args, adapter_sha256 = self.args, None
-        if args.adapter:
-            adapter_sha256 = hashlib.sha256(args.adapter.read_bytes()).hexdigest()
+        if args.adapter_file:
+            adapter_sha256 = hashlib.sha256(args.adapter_file.read_bytes()).hexdigest()
         adapter = dict(task=args.task, precision=args.precision, seed=args.seed,
                        sd=absolute(args.sd), degraded=absolute(args.degraded), size=args.size,
                        photo_size=args.photo_size, adapter_sha256=adapter_sha256)
@@ -509,7 +511,7 @@ def choose_device(name):
 def has_bf16(device):
     """Whether a device computes bf16 in hardware. torch < 2.10 does not know this of a CPU."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type != "cpu" or any(map(cpu.get, ("avx512_bf16", "amx_bf16", "bf16")))
+    return device.type != "cpu" or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def absolute(path):
@@ -574,18 +576,25 @@ def check_diffusion(run):
         raise ValueError(f"--photo-size {args.photo_size} is smaller than the images, {size} px")
     if args.distill_crop > size:
         raise ValueError(f"--distill-crop {args.distill_crop} is larger than the images, {size} px")
-    if args.adapter:
-        adapter = load_adapter(args.adapter).config
-        if adapter["width"] != sd.width or not 2 <= adapter["tokens"] <= sd.max_tokens:
-            raise ValueError(
-                f"--adapter {args.adapter}: its prompts have {adapter['tokens']} tokens of width "
-                f"{adapter['width']}, but {args.sd} takes 2 to {sd.max_tokens} of width {sd.width}")
+    if args.adapter_file:
+        check_adapter(run, args.adapter_file)
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
                        and args.strength == args.steps / 4)
     if sd.timestep_spacing == "trailing" and not suits_few_steps:
         run.log(f"warning: {args.sd} has trailing timesteps, as few-step models do. If it is one "
                 "like sd-turbo, use --scheduler ddim --guidance 1 --steps K --strength K/4, with K "
                 "from 1 to 4")
+
+
+def check_adapter(run, file):
+    """Checks an adapter of another run against the Stable Diffusion."""
+    if file.resolve() == (run.out / "adapter.safetensors").resolve():
+        raise ValueError(f"--adapter {file} is in the run folder: choose another --out")
+    adapter, sd = load_adapter(file).config, run.sd
+    if adapter["width"] != sd.width or not 2 <= adapter["tokens"] <= sd.max_tokens:
+        raise ValueError(f"--adapter {file}: its prompts have {adapter['tokens']} tokens of width "
+                         f"{adapter['width']}, but {run.args.sd} takes 2 to {sd.max_tokens} of "
+                         f"width {sd.width}")
 
 
 def check_run_folder(run):
@@ -595,7 +604,8 @@ def check_run_folder(run):
     old = read_settings(run) or settings
     if "evaluate" not in run.stages:
         settings["evaluate"] = old["evaluate"]
-    redo = list(STAGES)[list(STAGES).index(run.stages[0]):] if run.args.restart else []
+    names = list(STAGES)
+    redo = names[names.index(run.stages[0]):] if run.args.restart else []
     kept = [stage for stage in STAGES if run.has_started(stage) and stage not in redo]
     changed = [(stage, f"{key} of {stage} was {old[stage].get(key)!r}, now {value!r}")
                for stage in kept for key, value in settings[stage].items()

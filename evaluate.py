@@ -387,12 +387,12 @@ def match_files(degraded, truth, name):
     if unmatched[rule] or unused:
         unused = sorted(truths[stem].name for stem in unused)
         raise ValueError(f"{degraded} and {truth}: degraded photos without truth: "
-                         f"{first_names(unmatched[rule])}; truths without degraded photo: "
-                         f"{first_names(unused)}")
+                         f"{abbreviate(unmatched[rule])}; truths without degraded photo: "
+                         f"{abbreviate(unused)}")
     return [Pair(path, truths[rule(path.stem)], name) for path in inputs]
 
 
-def first_names(names):
+def abbreviate(names):
     """The first five names, and how many there are."""
     return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
 

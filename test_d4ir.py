@@ -1501,6 +1501,9 @@ def test_an_adapter_of_another_run(demo_run, own_photos, tmp_path):
     assert not (out / "synth").exists()                    # made with the earlier adapter
     done = run(*command, other, "--stage", "synth")
     assert done.returncode == 0 and (out / "synth.png").exists(), done.stderr
+    with pytest.raises(ValueError, match="adapter.safetensors is in the run folder"):
+        d4ir.main([*map(str, command), str(out / "adapter.safetensors"), "--restart"])
+    assert (out / "adapter.safetensors").exists()          # --restart would have deleted it
 
 
 def test_an_adapter_must_fit_the_stable_diffusion(own_photos, tmp_path):
