@@ -19,9 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,7 +38,7 @@ import evaluate
 import models
 import prompt_adapter
 import synth
-from experiments import compare, following, gan, weather
+from experiments import bench, compare, following, gan, weather
 
 HERE = Path(__file__).resolve().parent
 MINI = demo.WEIGHTS / "mini-sd"
@@ -2198,6 +2200,166 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         compare.main([*map(str, command), "--sweep", what])
         result = json.loads((tmp_path / f"{what}-all.json").read_text())
         assert [row[what] for row in result["values"]] == list(values)
+
+
+BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2",
+         "--adapter-steps", "1", "--distill-batch", "2", "--distill-steps", "1"]
+
+
+def test_bench_table_and_compile(tmp_path, monkeypatch):
+    """Each command keeps the other's section of the file."""
+    monkeypatch.setitem(bench.MATMUL, "cpu", 64)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    for name, size in (("256", 32), ("512", 48)):           # the real sizes take too long
+        monkeypatch.setitem(bench.ROWS, f"student against teacher, {name} px",
+                            lambda run, size=size: bench.latency(run, size))
+    command = ["--results", str(tmp_path), "--repeats", "1", *BENCH]
+    bench.main(["--compile", *command])
+    bench.main(command)
+    result = json.loads((tmp_path / "bench-cpu.json").read_text())
+    (compiled,) = result["compile"]["compile"]
+    assert compiled["ratio"] == compiled["eager_seconds"] / compiled["compiled_seconds"]
+    rows = {row["row"]: row for row in result["table"]["rows"]}
+    assert list(rows) == list(bench.ROWS)
+    for row in rows.values():
+        ours, alternative = row["ours"], row["alternative"]
+        assert row["ratio"] == alternative["seconds"] / ours["seconds"]
+        for side in (ours, alternative):
+            assert side["tflop_per_s"] == pytest.approx(side["tflop"] / side["seconds"])
+            assert side["share"] == side["tflop_per_s"] / side["peak_tflop_per_s"]
+        if row["row"] != "CCD without additions, like for like":
+            assert alternative["settings"]["precision"] == "float32"
+    like = rows["CCD without additions, like for like"]
+    assert like["ours"]["tflop"] == pytest.approx(like["alternative"]["tflop"], rel=0.02)
+    student, teacher = (rows["student against teacher, 256 px"][side]
+                        for side in ("ours", "alternative"))
+    assert student["settings"]["gmacs"] == pytest.approx(500 * student["tflop"])
+    assert student["settings"]["peak_mb"] < teacher["settings"]["peak_mb"]
+    with pytest.raises(ValueError, match="--stage, --restart and torchrun are for d4ir.py only"):
+        bench.main(["--stage", "synth", *command])
+
+
+def test_bench_alternatives_do_what_they_say():
+    """The pipeline's U-Net evaluations; latents of every step; gradients of the U-Net."""
+    calls = []
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: calls.append(type(module).__name__))
+    try:
+        for strength in ("0.3", "0.6", "0.95", "1"):
+            run = bench.make_run([*BENCH, "--strength", strength])
+            side = bench.img2img(run, diffusers.DDIMScheduler, dict(prompt="snow"), 1, 7)
+            calls.clear()
+            side.call()
+            assert calls.count("UNet2DConditionModel") == 7, strength
+        sd = bench.TrainableUNet(models.load_stable_diffusion(MINI))
+        loader = bench.EncodedEveryStep(bench.random_photos(2, 64), sd, 32, 2)
+        calls.clear()
+        bench.adapter_training(sd, run.adapter, loader).call()
+        assert calls.count("Encoder") == 1
+    finally:
+        hook.remove()
+    assert all(weight.grad is not None for weight in sd.sd.unet.parameters())
+    ours = prompt_adapter.CropPairs(bench.random_photos(2, 64), sd, 32, 2).batch_at(0)
+    theirs = loader.batch_at(0)
+    assert ours[0].shape == theirs[0].shape and all(map(torch.equal, ours[1:], theirs[1:]))
+
+
+def test_bench_counts_the_attention_of_a_cpu():
+    q = noise(0, 1, 2, 64, 16).requires_grad_()
+    call = lambda: nn.functional.scaled_dot_product_attention(q, q, q)
+    forward = 2 * 2 * (2 * 64 * 64 * 16)                    # q k^T and its product with v
+    assert bench.count_flops(call) == forward
+    assert bench.count_flops(lambda: call().sum().backward()) == forward + 2.5 * forward
+
+
+def test_bench_growth(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "in_fresh_process", bench.with_peak_memory)
+    monkeypatch.setattr(bench, "USUAL", dict(images=2, size=32, batch=2))
+    monkeypatch.setattr(bench, "GROWTH", dict(images=(2, 3), size=(32, 48), batch=(1, 2)))
+    bench.main(["--growth", "--results", str(tmp_path), *BENCH])
+    rows = json.loads((tmp_path / "bench-cpu.json").read_text())["growth"]["growth"]
+    assert [(row["stage"], row["images"], row["size"], row["batch"]) for row in rows] == [
+        (stage, *cell) for stage in ("synth", "distill")
+        for cell in ((2, 32, 2), (3, 32, 2), (2, 48, 2), (2, 32, 1))]
+    assert all(row["seconds"] > 0 and row["host_gib"] > 0 for row in rows)
+
+
+def test_bench_in_a_fresh_process():
+    """A process that is killed, as for its memory, gives None."""
+    result = bench.in_fresh_process(dict, seconds=1)
+    assert result["seconds"] == 1 and 0.01 < result["host_gib"] < 4
+    assert bench.in_fresh_process(os._exit, 1) is None
+
+
+def test_bench_has_the_shape_of_stable_diffusion_1_5(monkeypatch):
+    with torch.device("meta"):
+        networks = [diffusers.UNet2DConditionModel(**bench.UNET),
+                    diffusers.AutoencoderKL(**bench.VAE),
+                    transformers.CLIPTextModel(transformers.CLIPTextConfig(**bench.TEXT))]
+    counts = [sum(weight.numel() for weight in network.parameters()) for network in networks]
+    assert counts == [859_520_964, 83_653_863, 123_060_480]
+    monkeypatch.setitem(bench.MATMUL, "cpu", 64)
+    for name in ("UNET", "VAE"):
+        monkeypatch.setitem(getattr(bench, name), "block_out_channels", (32, 32, 32, 32))
+        monkeypatch.setitem(getattr(bench, name), "layers_per_block", 1)
+    monkeypatch.setitem(bench.UNET, "cross_attention_dim", 32)
+    tiny = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    monkeypatch.setattr(bench, "TEXT", bench.TEXT | tiny)
+    for stage in bench.BATCHES:
+        cell = bench.sd_cell(stage, 64, 2, 4, torch.device("cpu"), torch.float32)
+        assert cell["seconds"] > 0 and cell["tflop"] > 0 and cell["source"] == "measured"
+
+
+def test_bench_of_the_recommended_run(monkeypatch):
+    """Hours and memory against a hand computation; each series ends for a reason."""
+    def cell(function, stage, size, batch, *others):
+        if (stage, size, batch) == ("synth", 512, 4):
+            return None                                     # out of memory
+        return dict(seconds=2.0, tflop=3.0, host_gib=1.0 + batch, source="measured")
+
+    monkeypatch.setattr(bench, "in_fresh_process", cell)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2 ** 20)            # 1 TiB
+    result = bench.sd_size(bench.make_run(BENCH), 1000)
+    assert len(result["cells"]) == 2 * (4 + 5 + 5) - 3
+    (stopped,) = result["stopped"]
+    assert stopped == dict(stage="synth", size=512, batch=4, reason="out of memory")
+
+    rows = {(row["stage"], row["size"], row["device"]): row for row in result["recommended_run"]}
+    row = rows["adapter", 512, "H100"]
+    assert row["seconds"] == pytest.approx(3 / (989 * 0.28)) and row["source"] == "computed"
+    assert row["hours"] == pytest.approx(3 / (989 * 0.28) * 3000 / 3600)
+    row = rows["synth", 512, "this device"]                 # seconds per image: not scaled
+    assert row["hours"] == pytest.approx(2 * 4000 / 3600) and "batch 2" in row["source"]
+    assert bench.computed_seconds("distill", 0.06, 989) == 0.03         # launching kernels
+    assert bench.computed_seconds("distill", 0.102, 25.5) == pytest.approx(0.04)
+    small = [dict(stage="adapter", size=512, batch=4, seconds=1.0, tflop=3.0, host_gib=1.0)]
+    assert bench.recommended_run(small)[0]["seconds"] == 4  # to steps of 16 photos
+
+    fits = {(row["stage"], row["size"], row["card_gib"]): row for row in result["memory"]}
+    assert [fits["adapter", 512, card]["batch"] for card in (8, 12, 24)] == [4, 8, 16]
+    assert fits["adapter", 512, 8]["gib"] == 5
+    assert fits["synth", 512, 24]["source"] == "computed"   # batch 16 was not measured
+    assert fits["synth", 512, 8]["batch"] == 4
+    (row,) = [row for row in bench.memory(small) if (row["size"], row["card_gib"]) == (512, 8)]
+    assert row["batch"] == 4 and row["gib"] == pytest.approx(2.6 + 4 * 0.69)
+
+
+def test_bench_stops_before_it_takes_too_much(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(os, "sysconf", lambda name: 2 ** 17)            # 16 GiB
+    assert bench.reason_to_stop(dict(host_gib=7), 10, cpu, 30) is None
+    assert "over 30 s" in bench.reason_to_stop(dict(host_gib=7), 16, cpu, 30)
+    assert "over 16 GiB" in bench.reason_to_stop(dict(host_gib=9), 10, cpu, 30)
+    assert bench.reason_to_stop(dict(host_gib=9), 10, gpu, 30) is None
+
+
+def test_bench_names_the_device(monkeypatch):
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100",
+             "NVIDIA GeForce RTX 4090": "rtx-4090", "NVIDIA RTX A6000": "rtx-a6000"}
+    for name, short in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert bench.device_name(torch.device("cuda")) == short
+    assert bench.device_name(torch.device("cpu")) == "cpu"
 
 
 def test_the_mini_sd_follows_captions():

@@ -572,8 +572,8 @@ def main(argv=None):
     parser.add_argument("--repeats", type=d4ir.number(int, 1), default=3, help="of every call (3)")
     parser.add_argument("--growth", action="store_true", help="instead of the table")
     parser.add_argument("--sd-size", choices=["1.5"], help="instead of the table")
-    parser.add_argument("--seconds", type=d4ir.number(float, 1), default=60,
-                        help="--sd-size stops doubling the batch where a call takes longer (60)")
+    parser.add_argument("--seconds", type=d4ir.number(float, 1), default=300,
+                        help="--sd-size measures no batch that would take longer in all (300)")
     parser.add_argument("--compile", action="store_true",
                         help="instead of the table; with --sd-size, of that U-Net at 512 px")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
