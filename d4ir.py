@@ -522,7 +522,7 @@ def absolute(path):
 
 
 def check_inputs(run):
-    """Raises ValueError for wrong inputs, before any expensive work. Sets the student's width."""
+    """Raises ValueError for wrong inputs, before any expensive work."""
     args = run.args
     for need, stage in zip(STAGES, list(STAGES)[1:]):
         if stage in run.stages and need not in run.stages:
@@ -545,7 +545,8 @@ def check_inputs(run):
 
 
 def check_teacher(run):
-    """Runs the teacher on an image with odd sides, in float32 and in --precision."""
+    """Raises ValueError if the teacher fails on an image with odd sides, in float32 or --precision.
+    Sets the student's width."""
     args, teacher = run.args, run.teacher
     x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)
     with torch.no_grad():
@@ -566,7 +567,8 @@ def check_teacher(run):
 
 
 def check_diffusion(run):
-    """Checks the settings of adapter and synth against the Stable Diffusion and one another."""
+    """Raises ValueError if settings of adapter or synth do not fit the Stable Diffusion; warns if
+    it looks like a few-step model with other settings than it needs."""
     args, sd, size = run.args, run.sd, run.size
     choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
     sd.null_prompt(args.tokens)
@@ -587,7 +589,7 @@ def check_diffusion(run):
 
 
 def check_adapter(run, file):
-    """Checks an adapter of another run against the Stable Diffusion."""
+    """Raises ValueError if an adapter of another run does not fit the Stable Diffusion."""
     if file.resolve() == (run.out / "adapter.safetensors").resolve():
         raise ValueError(f"--adapter {file} is in the run folder: choose another --out")
     adapter, sd = load_adapter(file).config, run.sd
@@ -655,7 +657,7 @@ def lock_folder(folder):
     file.seek(0)
     last = file.read()                                      # the last process that used the folder
     try:
-        if fcntl:                                           # forked workers do not inherit lockf's
+        if fcntl:                                           # forked workers do not inherit lockf
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or choose "

@@ -239,8 +239,8 @@ def attention_flops(query, key, value, *others, **named):
 
 
 class LiveTensors(TorchDispatchMode):
-    """Adds up the bytes of the given tensors and of those that operators return inside it, as long
-    as they are alive; `peak` is the maximum."""
+    """Tracks the bytes of live tensors: the given ones and all that operators return inside the
+    block. `peak` is the maximum."""
 
     def __init__(self, tensors):
         super().__init__()
