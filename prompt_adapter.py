@@ -9,14 +9,13 @@ P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
 z_t      z_t           (B,C,h,w), latents of crop a with noise of level t in 0..T-1
 eps      noise         (B,C,h,w), standard normal
 abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffusion
-q, k     query, key    (B,D), unit length: embeddings of the two crops, k by the momentum encoder
+q, k     query, key    (B,D), unit length: embeddings of crops a and b
 tau      temperature   scalar
 
-Contrastive pairs: two crops of one photo share its degradation (positive); crops of other photos
-are the negatives, held in a queue. InfoNCE, queue and momentum encoder (MoCo, He et al. 2020) are
-our choice of a contrastive loss. Additions of ours are marked.
+Contrastive pairs: two crops of one photo share its degradation (positive); crops of the other
+photos in the batch are the negatives. InfoNCE is our choice of a contrastive loss. Additions of
+ours are marked.
 """
-import copy
 import io
 import json
 import math
@@ -40,27 +39,21 @@ class AdapterConfig:
     """DPA settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     tokens: int = 0             # N, tokens per prompt; 0: as many as the text encoder's
     steps: int = 3000           # updates
-    batch: int = 16             # photos per update and process, two crops of each
-    lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
+    batch: int = 32             # photos per update and process, two crops of each
+    crop: int = 0               # px, side of the crops; 0: the size of the Stable Diffusion
+    lr: float = 1e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
-    temperature: float = 0.2    # tau (MoCo v2: 0.2)
-    queue: int = 512            # number of negatives
-    momentum: float = 0.99      # of the key encoder (MoCo: 0.999, for longer schedules)
+    temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
-    t_max: float = 1.0          # addition: train on noise levels below t_max * T only; off: 1
-    jitter: float = 0.0         # addition: random contrast and tint of the adapter's input; off: 0
+    residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
-    caption_base: bool = False  # addition: prompts are centred on a caption's embedding
+    caption_base: bool = False  # addition: prompts start at a caption's embedding
 
-    ADDITIONS = {"t_max": 1.0, "jitter": 0.0, "cross_crop": False, "caption_base": False}
+    ADDITIONS = {"residual": False, "cross_crop": False, "caption_base": False}
 
     def __post_init__(self):
         if self.batch < 2:
             raise ValueError(f"the adapter's batch must be at least 2, not {self.batch}")
-        if self.queue < self.batch:
-            raise ValueError(f"the queue ({self.queue}) must hold a batch ({self.batch})")
-        if not 0 < self.t_max <= 1:
-            raise ValueError(f"t_max must be in (0, 1], not {self.t_max}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
 
@@ -75,32 +68,33 @@ class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
     Three convolutional scales, each summarised by the mean and standard deviation of its features
-    over the photo, because degradation is roughly uniform and content is not. Then an MLP.
+    over the photo, because degradation is roughly uniform and content is not. These statistics are
+    standardised, and an MLP turns them into prompts and embeddings.
 
     width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
-    an untrained adapter gives for every photo (zeros). centered: addition, see `centering`.
-    Raises ValueError for a base of another shape.
+    an untrained adapter gives for every photo (zeros). residual: addition, a note for its users
+    that its input is not x_d but what `residuals` makes of it. Raises ValueError for a base of
+    another shape.
     """
 
-    def __init__(self, width, tokens, channels=32, embedding=128, base=None, centered=False):
+    def __init__(self, width, tokens, channels=16, embedding=128, base=None, residual=False):
         super().__init__()
         self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
-                           centered=centered)
+                           residual=residual)
         base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
         if base.shape != (1, tokens, width):
             raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}")
         c, hidden = channels, 16 * channels
         self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                      downsample(4 * c, 4 * c, 8 * c)])
-        self.mix = nn.Sequential(nn.LayerNorm(28 * c), nn.Linear(28 * c, hidden), nn.SiLU())
-        self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
-                                        centering(hidden) if centered else nn.Identity(),
-                                        nn.Linear(hidden, tokens * width, bias=not centered))
+        self.mix = nn.Sequential(nn.BatchNorm1d(28 * c, affine=False), nn.Linear(28 * c, hidden),
+                                 nn.SiLU())
+        self.to_prompts = nn.Linear(hidden, tokens * width)
         self.to_embedding = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                           nn.Linear(hidden, embedding))
         self.register_buffer("base", base)
-        for parameter in self.to_prompts[-1].parameters():
-            nn.init.zeros_(parameter)                               # starts at the base
+        nn.init.zeros_(self.to_prompts.weight)                      # starts at the base
+        nn.init.zeros_(self.to_prompts.bias)
 
     def forward(self, degraded, with_embedding=False):
         """Prompts (B,N,d) of photos (B,3,H,W) in [0,1] of at least 8 px; on request also their
@@ -124,11 +118,11 @@ def downsample(inner, middle, outer):
 
 
 def info_nce(query, key, queue, temperature, ignore=None):
-    """InfoNCE (van den Oord et al. 2018) with a queue of negatives n_j (MoCo, He et al. 2020):
+    """InfoNCE (van den Oord et al. 2018) with negatives n_j from a queue or from the batch:
     mean over B of -log( exp(q.k / tau) / (exp(q.k / tau) + sum_j exp(q.n_j / tau)) ).
 
-    query, key: (B,D), unit length. queue: (K,D), unit length. temperature: tau.
-    ignore: (B,K) bool, queue entries to exclude (crops of the query's own photo).
+    query, key: (B,D), unit length. queue: (K,D), unit length, the negatives. temperature: tau.
+    ignore: (B,K) bool, negatives to exclude (crops of the query's own photo).
     Returns a scalar. Raises ValueError if the shapes do not fit.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
@@ -171,32 +165,25 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
-    its own batches, and the queue holds the keys of all. Raises ValueError for an empty loader, or
-    for losses or weights that are not finite.
+    its own batches and negatives. Raises ValueError for an empty loader, or for losses or weights
+    that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
     device = sd.device
     sd.unet.requires_grad_(False)
     adapter.to(device, memory_format=torch.channels_last).train()
-    key_encoder = copy.deepcopy(adapter).requires_grad_(False)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=sd.dtype is torch.float16)
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = config.queue, adapter.config["embedding"]
-    queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (K,D)
-    queue_photo = torch.full((config.queue,), -1, device=device)    # (K,), photo of each negative
-    t_end = max(1, round(config.t_max * len(sd.alphas_cumprod)))    # addition, if t_max < 1
-    start, report = 0, {}
-    parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
+    generator = torch.Generator(device)
+    parts, start, report = dict(adapter=adapter, optimizer=optimizer, scaler=scaler), 0, {}
     if checkpoint and Path(checkpoint).exists():
         state = load_state(checkpoint, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        queue, queue_photo, start = state["queue"], state["queue_photo"], state["step"]
+        start = state["step"]
     distributed = dist.is_initialized()
-    if distributed:
-        dist.broadcast(queue, 0)                                    # one queue for all processes
     is_main = not distributed or dist.get_rank() == 0
     model = nn.parallel.DistributedDataParallel(adapter) if distributed else adapter
     bar = tqdm(total=config.steps, initial=start, desc="adapter", unit="step",
@@ -207,22 +194,19 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Batch: two crops of each photo, and the latents of crop a.
         z_0, a, b, photo = (to_device(x, device) for x in batch)
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
-        t = torch.randint(t_end, (len(a),), generator=generator, device=device)
+        t = torch.randint(len(sd.alphas_cumprod), (len(a),), generator=generator, device=device)
         noise = torch.randn(z_0.shape, generator=generator, device=device)
-        query_crop, key_crop = (b, a) if config.cross_crop else (a, b)      # addition
-        if config.jitter:                                           # addition
-            query_crop, key_crop = (jitter(x, config.jitter, generator)
-                                    for x in (query_crop, key_crop))
 
         # Forward.
         with torch.autocast(device.type, sd.dtype, enabled=sd.dtype is not torch.float32):
-            prompts, query = model(query_crop, with_embedding=True)
-            with torch.no_grad():
-                _, key = key_encoder(key_crop, with_embedding=True)
+            prompts, embeddings = model(torch.cat([a, b]), with_embedding=True)
+        query, key = embeddings.chunk(2)                            # (B,D) each
+        prompts_a, prompts_b = prompts.chunk(2)                     # (B,N,d) each
 
         # Losses.
-        same_photo = photo[:, None] == queue_photo                  # (B,K)
-        contrastive = info_nce(query, key, queue, config.temperature, ignore=same_photo)
+        same_photo = photo[:, None] == photo                        # (B,B)
+        contrastive = info_nce(query, key, key, config.temperature, ignore=same_photo)
+        prompts = prompts_b if config.cross_crop else prompts_a     # addition
         diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise)
         loss = diffusion + config.contrast * contrastive
 
@@ -235,15 +219,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-
-        # Momentum encoder and queue.
-        with torch.no_grad():
-            for k, q in zip(key_encoder.parameters(), adapter.parameters()):
-                k.lerp_(q, 1 - config.momentum)
-            if distributed:
-                key, photo = gather(key), gather(photo)
-            queue = torch.cat([key, queue])[:config.queue]          # newest first
-            queue_photo = torch.cat([photo, queue_photo])[:config.queue]
 
         # Report.
         sums += torch.stack([diffusion.detach(), contrastive.detach()])
@@ -266,18 +241,10 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Checkpoint.
         if checkpoint and is_main:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(queue=queue, queue_photo=queue_photo, step=step + 1)
-            save_state(state, checkpoint)
+            save_state(state | {"step": step + 1}, checkpoint)
     bar.close()
     adapter.eval()
     return report
-
-
-def gather(x):
-    """(B,...) of each of R processes to (R B,...), the same in all."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 
 def learning_rate(progress):
@@ -287,22 +254,20 @@ def learning_rate(progress):
 
 # ---------------------------------------------------------------- Additions (ours)
 
-def centering(hidden):
-    """Addition `caption_base`: P = B + W (h - mean h) / std h, where B is a caption's embedding.
+@torch.no_grad()
+def residuals(photos, restore):
+    """Addition: what the teacher T removes from each photo, (1 + x_d - T(x_d)) / 2, as input of
+    the adapter in place of x_d. It shows the degradation and little of the content.
 
-    The caption sets the mean severity; the photo contributes its deviation from the other photos.
-    Uncentred prompts drift towards the average severity of web photos, which is lower than that
-    of a teacher's training data.
+    photos: list of (3,H,W) uint8. restore: T, one photo (3,H,W) in [0,1] to the same.
+    Returns a list of (3,H,W) uint8, grey (128) where the teacher removes nothing.
     """
-    return nn.BatchNorm1d(hidden, affine=False)
-
-
-def jitter(images, amount, generator):
-    """Addition: random contrast and tint of each of (B,3,H,W) in [0,1]. Two crops of a
-    photo also share their tone, an easier shortcut for the contrastive loss than degradation."""
-    contrast, tint = (amount * (2 * torch.rand(len(images), channels, 1, 1, generator=generator,
-                                               device=images.device) - 1) for channels in (1, 3))
-    return ((images - 0.5) * (1 + contrast) + 0.5 + tint / 2).clamp(0, 1)
+    removed = []
+    for photo in tqdm(photos, "residuals", disable=None):
+        x = photo / 255
+        r = (1 + x - restore(x).clamp(0, 1)) / 2
+        removed.append((255 * r).round().to(torch.uint8))
+    return removed
 
 
 # ---------------------------------------------------------------- batches and files
@@ -313,11 +278,13 @@ class CropPairs:
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide. Their latents are computed
     once, and cropped: re-encoding every crop would make a step take 1.67 times as long. Crop b is
-    the one of eight candidates that is farthest from a (our choice).
+    the one of eight candidates that is farthest from a (our choice). batch: at most all photos.
+    inputs: addition, images of the same shapes (`residuals`) that a and b are cut from instead.
     """
 
-    def __init__(self, photos, sd, size, batch, seed=0):
-        self.photos, self.size, self.batch, self.seed = photos, size, batch, seed
+    def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
+        self.photos, self.size, self.seed = inputs or photos, size, seed
+        self.batch = min(batch, len(photos))
         self.step, self.factor, self.latents = 0, sd.factor, []
         for photo in tqdm(photos, "latents", disable=None):
             height, width = (n // sd.factor * sd.factor for n in photo.shape[-2:])

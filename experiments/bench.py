@@ -160,7 +160,7 @@ def random_photos(count, side):
 
 def untrained_adapter(sd, config):
     base = sd.null_prompt(config.tokens)
-    adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
+    adapter = PromptAdapter(sd.width, base.shape[1], base=base)
     return adapter.eval().to(sd.device)
 
 
