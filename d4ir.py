@@ -45,8 +45,8 @@ from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_imag
 from evaluate import restore as restore_photo
 from models import (Restorer, export_restorer, first_line, load_restorer, load_stable_diffusion,
                     save_restorer)
-from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, residuals,
-                            save_adapter, train_adapter)
+from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, exaggerate, load_adapter,
+                            residuals, save_adapter, train_adapter)
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
 
 try:
@@ -130,7 +130,8 @@ def adapter_stage(run):
 
 def synth_stage(run):
     """CCD: synthesizes degraded photos from clean ones with those prompts."""
-    adapter, folder = load_adapter(run.out / "adapter.safetensors", run.device), run.out / "synth"
+    adapter = scaled(run, load_adapter(run.out / "adapter.safetensors", run.device))
+    folder = run.out / "synth"
     synthesize_folder(run.clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth, folder,
                       seed=run.args.seed, rank=run.rank, ranks=run.ranks)
     run.barrier()
@@ -199,6 +200,12 @@ def base_prompt(run):
     return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
 
 
+def scaled(run, adapter):
+    """The adapter as synthesis uses it; addition: with exaggerated prompts."""
+    scale = run.synth.prompt_scale
+    return adapter if scale == 1 else exaggerate(adapter, scale)
+
+
 def adapter_figure(run, adapter):
     """adapter.png: the same clean photo and noise, denoised with the base prompt and with the
     prompts of several degraded photos."""
@@ -213,7 +220,7 @@ def adapter_figure(run, adapter):
 
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
             "from the base prompt": images(lambda x: adapter.base),
-            "from the learned prompt": images(adapter)}, run.out / "adapter.png")
+            "from the learned prompt": images(scaled(run, adapter))}, run.out / "adapter.png")
 
 
 def load_photos(folder, size, run, flag):

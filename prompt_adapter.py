@@ -16,6 +16,7 @@ Contrastive pairs: two crops of one photo share its degradation (positive); crop
 photos in the batch are the negatives. InfoNCE is our choice of a contrastive loss. Additions of
 ours are marked.
 """
+import copy
 import io
 import json
 import math
@@ -46,16 +47,20 @@ class AdapterConfig:
     temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
     residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
+    weather_weight: float = 0.0  # addition: a pixel's diffusion loss counts 1 + this * |residual|
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
     caption_base: bool = False  # addition: prompts start at a caption's embedding
 
-    ADDITIONS = {"residual": False, "cross_crop": False, "caption_base": False}
+    ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False,
+                 "caption_base": False}
 
     def __post_init__(self):
         if self.batch < 2:
             raise ValueError(f"the adapter's batch must be at least 2, not {self.batch}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
+        if self.weather_weight and not self.residual:
+            raise ValueError("weather_weight needs residual: set it to 0")
 
     def active_additions(self):
         """Names of the additions that are switched on."""
@@ -88,7 +93,7 @@ class PromptAdapter(nn.Module):
         self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                      downsample(4 * c, 4 * c, 8 * c)])
         self.mix = nn.Sequential(nn.BatchNorm1d(28 * c, affine=False), nn.Linear(28 * c, hidden),
-                                 nn.SiLU())
+                                 nn.SiLU(), nn.BatchNorm1d(hidden, affine=False))
         self.to_prompts = nn.Linear(hidden, tokens * width)
         self.to_embedding = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                           nn.Linear(hidden, embedding))
@@ -137,12 +142,13 @@ def info_nce(query, key, queue, temperature, ignore=None):
     return F.cross_entropy(logits, target)                          # class 0: the positive
 
 
-def diffusion_loss(sd, z_0, prompts, t, noise):
+def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
     """||target - eps_theta(z_t, t, P)||^2, mean over all elements.
 
     The target is what the U-Net was trained to predict: eps (Ho et al. 2020), or
     v = sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho 2022).
-    z_0, noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. Returns a scalar.
+    z_0, noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. weight: addition, (B,1,h,w), of each
+    element. Returns a scalar.
     """
     abar = sd.alphas_cumprod.to(z_0.device)[t].view(-1, 1, 1, 1)
     z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
@@ -150,7 +156,7 @@ def diffusion_loss(sd, z_0, prompts, t, noise):
         target = noise
     else:
         target = abar.sqrt() * noise - (1 - abar).sqrt() * z_0
-    return F.mse_loss(sd.predict_noise(z_t, t, prompts), target)
+    return F.mse_loss(sd.predict_noise(z_t, t, prompts), target, weight=weight)
 
 
 # ---------------------------------------------------------------- training
@@ -206,8 +212,12 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Losses.
         same_photo = photo[:, None] == photo                        # (B,B)
         contrastive = info_nce(query, key, key, config.temperature, ignore=same_photo)
-        prompts = prompts_b if config.cross_crop else prompts_a     # addition
-        diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise)
+        prompts, weight = prompts_a, None
+        if config.cross_crop:                                       # addition
+            prompts = prompts_b
+        if config.weather_weight:                                   # addition
+            weight = weather_weight(a, z_0, config.weather_weight)
+        diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)
         loss = diffusion + config.contrast * contrastive
 
         # Backward and update.
@@ -268,6 +278,25 @@ def residuals(photos, restore):
         r = (1 + x - restore(x).clamp(0, 1)) / 2
         removed.append((255 * r).round().to(torch.uint8))
     return removed
+
+
+def exaggerate(adapter, scale):
+    """Addition `prompt_scale`: a copy of an adapter whose prompts deviate `scale` times as far
+    from their mean. (Its features are standardised: the mean is base + bias.)"""
+    adapter = copy.deepcopy(adapter)
+    with torch.no_grad():
+        adapter.to_prompts.weight.mul_(scale)
+    return adapter
+
+
+def weather_weight(residual, z_0, strength):
+    """Addition: weights (B,1,h,w) of the diffusion loss, 1 + strength * |x_d - T(x_d)|.
+
+    residual: (B,3,H,W), see `residuals`. z_0: (B,C,h,w). Flakes and streaks cover little of a
+    photo: without weights the prompts depend on them less.
+    """
+    removed = (2 * residual - 1).abs().mean(1, keepdim=True)        # (B,1,H,W)
+    return 1 + strength * F.adaptive_avg_pool2d(removed, z_0.shape[-2:])
 
 
 # ---------------------------------------------------------------- batches and files

@@ -198,7 +198,7 @@ class Interrupted:
             yield batch
 
 
-ADDITIONS_ON = dict(residual=True, cross_crop=True, caption_base=True)
+ADDITIONS_ON = dict(residual=True, weather_weight=3.0, cross_crop=True, caption_base=True)
 
 
 @pytest.mark.parametrize("additions", [{}, ADDITIONS_ON])
@@ -238,7 +238,8 @@ def test_adapter_settings_are_checked(sd):
     adapter = prompt_adapter.PromptAdapter(sd.width, 4)
     with pytest.raises(ValueError, match="empty"):
         prompt_adapter.train_adapter(adapter, sd, [], prompt_adapter.AdapterConfig())
-    for settings, message in (({"batch": 1}, "batch"), ({"temperature": 0.0}, "temperature")):
+    for settings, message in (({"batch": 1}, "batch"), ({"temperature": 0.0}, "temperature"),
+                              ({"weather_weight": 1.0}, "needs residual")):
         with pytest.raises(ValueError, match=message):
             prompt_adapter.AdapterConfig(**settings)
 
@@ -261,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_both_trainings(sd, tmp_path):
 
 def test_cross_crop_swaps_the_crop_behind_the_prompt(sd, monkeypatch):
     used = []
-    monkeypatch.setattr(prompt_adapter, "diffusion_loss", lambda sd, z_0, prompts, t, noise:
+    monkeypatch.setattr(prompt_adapter, "diffusion_loss", lambda sd, z_0, prompts, *others:
                         used.append(prompts.detach()) or prompts.square().mean())
     a, b = (torch.stack([photo(i, 64, 64), photo(j, 64, 64)]) for i, j in ((1, 2), (3, 4)))
     batch = (noise(0, 2, 4, 8, 8), a, b, torch.tensor([0, 1]))
@@ -286,6 +287,19 @@ def test_residuals_show_what_the_teacher_removes():
                        torch.full_like(photos[0], 128))
 
 
+def test_the_weather_weight_is_one_where_the_teacher_removes_nothing():
+    residual = torch.full((2, 3, 16, 16), 0.5)
+    residual[1, :, :8, :8] = 0.75                          # x_d - T(x_d) = 0.5
+    weight = prompt_adapter.weather_weight(residual, torch.zeros(2, 4, 2, 2), 10.0)
+    expected = torch.ones(2, 1, 2, 2)
+    expected[1, 0, 0, 0] = 1 + 10 * 0.5
+    torch.testing.assert_close(weight, expected)
+    oracle, z0, eps = Oracle(None, "epsilon"), noise(1, 2, 4, 2, 2), noise(2, 2, 4, 2, 2)
+    oracle.predict_noise = lambda z, t, prompts: eps + 1
+    loss = prompt_adapter.diffusion_loss(oracle, z0, None, torch.tensor([9, 99]), eps, weight)
+    assert loss.item() == pytest.approx((2 * 4 + 5) / 8, rel=1e-5)
+
+
 def test_prompts_start_at_the_base():
     base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
     adapter = prompt_adapter.PromptAdapter(32, 4, base=base)
@@ -298,6 +312,18 @@ def test_prompts_start_at_the_base():
     assert torch.allclose(adapter(photos)[:1], adapter(photos[:1]), atol=1e-4)
     with pytest.raises(ValueError, match=r"must be \(1, 4, 32\)"):
         prompt_adapter.PromptAdapter(32, 4, base=noise(0, 3, 4, 32))
+
+
+def test_exaggerated_prompts_keep_their_mean():
+    photos = torch.stack([photo(i, 48, 48) for i in range(16)])
+    adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 1, 4, 32))
+    nn.init.normal_(adapter.to_prompts.weight)
+    nn.init.normal_(adapter.to_prompts.bias)
+    before = adapter(photos)                               # statistics of the batch
+    after = prompt_adapter.exaggerate(adapter, 3.0)(photos)
+    mean = adapter.base + adapter.to_prompts.bias.view(1, 4, 32)
+    torch.testing.assert_close(before.mean(0, keepdim=True), mean, atol=1e-3, rtol=0)
+    torch.testing.assert_close(after - mean, 3 * (before - mean), atol=1e-3, rtol=1e-3)
 
 
 def test_a_batch_follows_from_seed_and_step(sd):
@@ -477,7 +503,8 @@ def forbid(monkeypatch, module, *names):
 
 def forbid_additions(monkeypatch):
     forbid(monkeypatch, synth, "synthesize_with_additions", "add_anchor", "remaining_contrast")
-    forbid(monkeypatch, d4ir, "residuals")
+    forbid(monkeypatch, d4ir, "residuals", "exaggerate")
+    forbid(monkeypatch, prompt_adapter, "weather_weight")
 
 
 def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
@@ -494,16 +521,23 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
 
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
-    assert set(off) == {"negative_prompt", "anchor", "adapter_residual", "adapter_cross_crop",
-                        "adapter_caption_base"}
+    assert set(off) == {"negative_prompt", "prompt_scale", "anchor", "adapter_residual",
+                        "adapter_weather_weight", "adapter_cross_crop", "adapter_caption_base"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
-    assert set(default) == {"residual", "cross_crop", "caption_base", "negative_prompt", "anchor"}
+    assert set(default) == {"residual", "weather_weight", "cross_crop", "caption_base",
+                            "negative_prompt", "prompt_scale", "anchor"}
     assert active("--no-additions") == active("--sd", "elsewhere") == []
     for name, value in off.items():
         flag = d4ir.to_flag(name)
         switch = [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
-        assert set(active(*switch)) == set(default) - {name.removeprefix("adapter_")}
+        gone = {name.removeprefix("adapter_")}
+        if name == "adapter_residual":                     # the weight is made of the residual
+            with pytest.raises(ValueError, match="weather_weight needs residual"):
+                active(*switch)
+            switch += ["--adapter-weather-weight", "0"]
+            gone.add("weather_weight")
+        assert set(active(*switch)) == set(default) - gone
     with pytest.raises(SystemExit):
         d4ir.parse(["--task", "desnow", "--no-additions", "--anchor"])
     assert "--no-additions cannot be combined with --anchor" in capsys.readouterr().err
@@ -1404,7 +1438,8 @@ def test_the_embedded_default_writes_every_file(demo_run):
     assert config["adapter"]["steps"] == 4 and config["evaluate"]["tile"] == 1024
     assert "torch" in config["versions"] and "anchor" in config["additions"]
     assert "using the bundled demo for: --degraded, --clean, --test, --sd, --teacher" in done.stdout
-    additions = "residual, cross_crop, caption_base, negative_prompt, anchor"
+    additions = ("residual, weather_weight, cross_crop, caption_base, negative_prompt, "
+                 "prompt_scale, anchor")
     assert f"additions: {additions}\n" in done.stdout
     assert "Traceback" not in done.stderr
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -2215,6 +2250,28 @@ def test_following(demo_run, folders, tmp_path):
     following.main([*command, *own, "--out", str(tmp_path / "own")])
     result = json.loads((tmp_path / "following-desnow.json").read_text())
     assert "captions" not in result and "ceiling" in result
+
+
+@pytest.mark.slow
+def test_the_contrast_tells_weather_apart():
+    """Trained by contrast alone on the demo's web photos; tested on other weather and places."""
+    run = d4ir.Run(d4ir.parse(["--task", "desnow", "--size", "96"]))
+    rendered = [demo.photos.render_photo(demo.photos.degraded_photo(("snow",), i))
+                for i in range(256)]
+    photos = [torch.from_numpy(x.degraded).permute(2, 0, 1) for x in rendered]
+    inputs = prompt_adapter.residuals(photos, lambda x: evaluate.restore(run.teacher, x))
+    predict = lambda z, t, prompts: 0 * prompts.mean((1, 2)).view(-1, 1, 1, 1).expand_as(z)
+    fake = argparse.Namespace(unet=nn.Identity(), device=torch.device("cpu"), dtype=run.dtype,
+                              prediction_type="epsilon", alphas_cumprod=torch.ones(10) / 2,
+                              factor=2, encode=lambda x: x[:, :1, ::2, ::2],
+                              predict_noise=predict)
+    torch.manual_seed(0)
+    adapter = prompt_adapter.PromptAdapter(8, 2, residual=True)
+    config = prompt_adapter.AdapterConfig(steps=300, batch=64, lr=2e-3, contrast=1.0)
+    loader = prompt_adapter.CropPairs(photos, fake, 64, 64, inputs=inputs)
+    prompt_adapter.train_adapter(adapter, fake, loader, config)
+    result = following.contrast(run, adapter)
+    assert result["top_1"] >= 0.5 and result["same_weather_first"] >= 0.75, result
 
 
 @pytest.mark.slow

@@ -29,11 +29,11 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
 from distill import Crops, distill, teacher_outputs
-from evaluate import DEFINITIONS, METRICS, evaluate, read_image
+from evaluate import DEFINITIONS, METRICS, evaluate, psnr, read_image, restore
 from experiments.gan import Adversary
 from models import Restorer, save_restorer
-from prompt_adapter import AdapterConfig, load_adapter
-from synth import SynthConfig, synthesize_folder
+from prompt_adapter import AdapterConfig, PromptAdapter, load_adapter
+from synth import SynthConfig, draw_crops, synthesize_folder
 
 
 # ---------------------------------------------------------------- the rows
@@ -77,8 +77,12 @@ ROWS = {
     "no-anchor": ablation("anchor", "--no-anchor", synth=dict(anchor=False)),
     "no-negative": ablation("negative prompt", "--negative-prompt ''",
                             synth=dict(negative_prompt="")),
-    "no-residual": ablation("residual", "--no-adapter-residual: the adapter sees the photo itself",
-                            dict(residual=False)),
+    "no-prompt-scale": ablation("prompt scale", "--prompt-scale 1", synth=dict(prompt_scale=1.0)),
+    "no-residual": ablation(
+        "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
+        dict(residual=False, weather_weight=0.0)),
+    "no-weather-weight": ablation("weather weight", "--adapter-weather-weight 0",
+                                  dict(weather_weight=0.0)),
     "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
                         "prompt", dict(caption_base=False)),
     "no-cross-crop": ablation("cross-crop", "--no-adapter-cross-crop", dict(cross_crop=False)),
@@ -92,9 +96,10 @@ ROWS = {
                     lambda bench: (bench.images("d4ir") + bench.images("web-degraded")),
                     reuses=("adapter", "synth")),
 }
-GROUPS = {"additions": ("original", "caption", "caption-no-additions", "no-additions", "no-anchor",
-                        "no-negative", "no-residual", "no-base", "no-cross-crop", "no-content",
-                        "d4ir")}
+GROUPS = {"additions": (
+    "original", "caption", "caption-no-additions", "no-additions", "no-anchor", "no-negative",
+    "no-prompt-scale", "no-residual", "no-weather-weight", "no-base", "no-cross-crop",
+    "no-content", "d4ir")}
 TUNED = {"derain": ("a photo in heavy rain",), "dehaze": ("a photo in heavy haze",),
          "desnow": ("a photo in heavy snow",)}
 TUNED["all"] = sum(TUNED.values(), ())
@@ -165,11 +170,17 @@ class Bench:
         run.degraded = degraded or self.photos("degraded", run.size)
         clean = clean or self.photos("clean", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
+        gain = run.out / "gain.json"
         if not all(file.exists() for file in files):
             with timed(run.out, "synth"):
+                if isinstance(adapter, PromptAdapter):      # not captions
+                    adapter = d4ir.scaled(run, adapter)
                 synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
                                   run.out / "synth", seed=run.args.seed)
-        return [read_image(file) for file in files]
+        images = [read_image(file) for file in files]
+        if not gain.exists():
+            d4ir.write_text(gain, json.dumps(teacher_gain(run, clean, images)))
+        return images
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, which trains beside the student."""
@@ -230,6 +241,22 @@ class Bench:
         return student, images
 
 
+@torch.no_grad()
+def teacher_gain(run, clean, images):
+    """PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over synthesized images x: how well the
+    teacher restores the clean photos x_c that they were made from.
+
+    It needs only what D4IR has, and is large where x shows weather that the teacher knows: settings
+    can be chosen by it without a test set.
+    """
+    gains = []
+    for i, image in enumerate(images):
+        x_c = draw_crops(clean, image.shape[-1], run.args.seed, [i], 0)[0]
+        x = image / 255
+        gains.append(psnr(restore(run.teacher, x), x_c) - psnr(x, x_c))
+    return statistics.fmean(gains)
+
+
 @contextmanager
 def timed(folder, name):
     """Adds the seconds of a block to the folder's seconds.json."""
@@ -287,6 +314,8 @@ def compare(bench, names, seeds):
                            (d4ir.TASKS[run.args.task].captions, TUNED[run.args.task]))
         stats |= {"minutes": total / 60, "note": row.note.format(
             captions=captions, tuned=tuned, **asdict(run.synth))}
+        if (run.out / name / "gain.json").exists():
+            stats["gain"] = json.loads((run.out / name / "gain.json").read_text())
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats)
@@ -336,20 +365,22 @@ def markdown(result):
     number = lambda m, digits: f"{m['mean']:.{digits}f}" + (
         f" ± {m['std']:.{digits}f}" if m["std"] else "")
     if "rows" in result:
-        lines += ["| source | PSNR RGB | SSIM RGB | PSNR Y | SSIM Y | share | images/s | minutes |",
-                  "|" + "---|" * 8]
+        lines += ["| source | PSNR RGB | SSIM RGB | PSNR Y | SSIM Y | share | gain | images/s "
+                  "| minutes |", "|" + "---|" * 9]
         for row in result["rows"]:
             name = row["source"]
             cells = [ROWS[name].title if name in ROWS else name]
             cells += [number(row[key], 2 if key.startswith("psnr") else 4) for key in METRICS]
             cells += [f"{row['share']:.0%}" if "share" in row else "",
+                      f"{row['gain']:.2f}" if "gain" in row else "",
                       f"{row['images_per_s']:.1f}" if "images_per_s" in row else "",
                       f"{row['minutes']:.1f}" if "minutes" in row else ""]
             lines.append(f"| {' | '.join(cells)} |")
         lines += [""] + [f"- {ROWS[row['source']].title}: {row['note']}"
                          for row in result["rows"] if "note" in row]
         lines += ["- share: (student - input) / (student trained on the original data - input), "
-                  "in PSNR RGB"]
+                  "in PSNR RGB",
+                  "- gain: PSNR(T(x), x_c) - PSNR(x, x_c) of the synthesized images, in dB"]
     else:
         what = result["sweep"]
         columns = [key for key in result["values"][0] if key != what]

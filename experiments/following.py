@@ -143,6 +143,7 @@ def following_figure(run, captions, path, count=8):
     degraded = draw_crops(run.degraded, run.size, seed, indices, 1)
     adapter = load_adapter(run.out / "adapter.safetensors", run.device)
     inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, indices, 1)
+    adapter = d4ir.scaled(run, adapter)
     prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in inputs]}
     if captions:
         prompts["from its exact caption"] = [
