@@ -93,11 +93,12 @@ class PromptAdapter(nn.Module):
         self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                      downsample(4 * c, 4 * c, 8 * c)])
         self.mix = nn.Sequential(nn.BatchNorm1d(28 * c, affine=False), nn.Linear(28 * c, hidden),
-                                 nn.SiLU(), nn.BatchNorm1d(hidden, affine=False))
+                                 nn.SiLU())
         self.to_prompts = nn.Linear(hidden, tokens * width)
         self.to_embedding = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                           nn.Linear(hidden, embedding))
         self.register_buffer("base", base)
+        self.register_buffer("mean", base.clone())                  # of the prompts, running
         nn.init.zeros_(self.to_prompts.weight)                      # starts at the base
         nn.init.zeros_(self.to_prompts.bias)
 
@@ -111,6 +112,8 @@ class PromptAdapter(nn.Module):
             statistics += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(statistics, 1))               # (B,16c)
         prompts = self.base + self.to_prompts(features).float().unflatten(1, self.base.shape[1:])
+        if self.training:
+            self.mean.lerp_(prompts.detach().mean(0, keepdim=True), 0.05)
         if with_embedding:
             return prompts, F.normalize(self.to_embedding(features).float(), dim=1)
         return prompts
@@ -156,7 +159,8 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
         target = noise
     else:
         target = abar.sqrt() * noise - (1 - abar).sqrt() * z_0
-    return F.mse_loss(sd.predict_noise(z_t, t, prompts), target, weight=weight)
+    error = (sd.predict_noise(z_t, t, prompts).float() - target).square()       # (B,C,h,w)
+    return error.mean() if weight is None else (weight * error).mean()
 
 
 # ---------------------------------------------------------------- training
@@ -282,10 +286,12 @@ def residuals(photos, restore):
 
 def exaggerate(adapter, scale):
     """Addition `prompt_scale`: a copy of an adapter whose prompts deviate `scale` times as far
-    from their mean. (Its features are standardised: the mean is base + bias.)"""
+    from their mean: P' = mean + scale * (P - mean)."""
     adapter = copy.deepcopy(adapter)
+    shift = (adapter.mean - adapter.base).flatten()                 # (Nd,)
     with torch.no_grad():
         adapter.to_prompts.weight.mul_(scale)
+        adapter.to_prompts.bias.mul_(scale).add_((1 - scale) * shift)
     return adapter
 
 

@@ -273,7 +273,8 @@ def test_cross_crop_swaps_the_crop_behind_the_prompt(sd, monkeypatch):
     for cross_crop in (False, True):
         config = prompt_adapter.AdapterConfig(steps=1, batch=2, cross_crop=cross_crop)
         prompt_adapter.train_adapter(copy.deepcopy(adapter), sd, [batch], config)
-        assert torch.allclose(used[-1], expected[cross_crop], atol=1e-5)
+        difference = lambda prompts: (used[-1] - prompts).abs().mean()
+        assert difference(expected[cross_crop]) < 0.01 * difference(expected[not cross_crop])
 
 
 def test_residuals_show_what_the_teacher_removes():
@@ -319,11 +320,14 @@ def test_exaggerated_prompts_keep_their_mean():
     adapter = prompt_adapter.PromptAdapter(32, 4, base=noise(0, 1, 4, 32))
     nn.init.normal_(adapter.to_prompts.weight)
     nn.init.normal_(adapter.to_prompts.bias)
-    before = adapter(photos)                               # statistics of the batch
-    after = prompt_adapter.exaggerate(adapter, 3.0)(photos)
-    mean = adapter.base + adapter.to_prompts.bias.view(1, 4, 32)
-    torch.testing.assert_close(before.mean(0, keepdim=True), mean, atol=1e-3, rtol=0)
-    torch.testing.assert_close(after - mean, 3 * (before - mean), atol=1e-3, rtol=1e-3)
+    for _ in range(200):
+        adapter(photos)                                    # the running mean converges
+    adapter.eval()
+    before, after = adapter(photos), prompt_adapter.exaggerate(adapter, 3.0)(photos)
+    mean = before.mean(0, keepdim=True)
+    assert (adapter.mean - mean).abs().mean() < 0.3 * before.std(0).mean()
+    expected = adapter.mean + 3 * (before - adapter.mean)
+    torch.testing.assert_close(after, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_batch_follows_from_seed_and_step(sd):
@@ -2471,7 +2475,7 @@ def test_the_mini_sd_follows_captions():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="rain and snow hold, haze does not (results/weather-check.json)")
+@pytest.mark.xfail(reason="rain and snow hold, haze does not (results/previous/weather-check.json)")
 def test_img2img_produces_the_weather_of_the_caption():
     """Judged by a classifier that was trained on rendered photos."""
     result, _ = weather.check(str(MINI), photos=1600, steps=400, test=100, clear=12,
