@@ -40,9 +40,9 @@ class AdapterConfig:
     """DPA settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     tokens: int = 0             # N, tokens per prompt; 0: as many as the text encoder's
     steps: int = 3000           # updates
-    batch: int = 32             # photos per update and process, two crops of each
+    batch: int = 16             # photos per update and process, two crops of each
     crop: int = 0               # px, side of the crops; 0: the size of the Stable Diffusion
-    lr: float = 1e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
+    lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
     temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
@@ -105,7 +105,8 @@ class PromptAdapter(nn.Module):
     def forward(self, degraded, with_embedding=False):
         """Prompts (B,N,d) of photos (B,3,H,W) in [0,1] of at least 8 px; on request also their
         embeddings (B,D) of unit length, which the contrastive loss compares."""
-        x, statistics = degraded * 4 - 2, []                        # about unit variance
+        gain = 16 if self.config["residual"] else 4                 # about unit variance
+        x, statistics = gain * (degraded - 0.5), []
         for scale in self.scales:
             x = scale(x)                                            # (B,c',H/2,W/2), /4, /8
             flat = x.flatten(2).float()                             # (B,c',HW)
@@ -270,7 +271,7 @@ def learning_rate(progress):
 
 @torch.no_grad()
 def residuals(photos, restore):
-    """Addition: what the teacher T removes from each photo, (1 + x_d - T(x_d)) / 2, as input of
+    """Addition: what the teacher T removes from each photo, 128 + 127 (x_d - T(x_d)), as input of
     the adapter in place of x_d. It shows the degradation and little of the content.
 
     photos: list of (3,H,W) uint8. restore: T, one photo (3,H,W) in [0,1] to the same.
@@ -279,8 +280,8 @@ def residuals(photos, restore):
     removed = []
     for photo in tqdm(photos, "residuals", disable=None):
         x = photo / 255
-        r = (1 + x - restore(x).clamp(0, 1)) / 2
-        removed.append((255 * r).round().to(torch.uint8))
+        r = x - restore(x).clamp(0, 1)
+        removed.append((128 + 127 * r).round().to(torch.uint8))
     return removed
 
 

@@ -282,7 +282,7 @@ def test_residuals_show_what_the_teacher_removes():
     removed = prompt_adapter.residuals(photos, lambda x: x - 0.2)
     for x, r in zip(photos, removed):
         assert r.shape == x.shape and r.dtype == torch.uint8
-        expected = 127.5 * (1 + torch.minimum(x / 255, torch.tensor(0.2)))      # T is clamped at 0
+        expected = 128 + 127 * torch.minimum(x / 255, torch.tensor(0.2))        # T is clamped at 0
         assert (r - expected).abs().max() <= 0.51
     assert torch.equal(prompt_adapter.residuals(photos, lambda x: x)[0],
                        torch.full_like(photos[0], 128))
@@ -2290,8 +2290,9 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         assert [row[what] for row in result["values"]] == list(values)
 
 
-BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2",
-         "--adapter-steps", "1", "--distill-batch", "2", "--distill-steps", "1"]
+BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-crop", "32",
+         "--adapter-batch", "2", "--adapter-steps", "1", "--distill-batch", "2",
+         "--distill-steps", "1"]
 
 
 def test_bench_table_and_compile(tmp_path, monkeypatch):
