@@ -2257,28 +2257,6 @@ def test_following(demo_run, folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_contrast_tells_weather_apart():
-    """Trained by contrast alone on the demo's web photos; tested on other weather and places."""
-    run = d4ir.Run(d4ir.parse(["--task", "desnow", "--size", "96"]))
-    rendered = [demo.photos.render_photo(demo.photos.degraded_photo(("snow",), i))
-                for i in range(256)]
-    photos = [torch.from_numpy(x.degraded).permute(2, 0, 1) for x in rendered]
-    inputs = prompt_adapter.residuals(photos, lambda x: evaluate.restore(run.teacher, x))
-    predict = lambda z, t, prompts: 0 * prompts.mean((1, 2)).view(-1, 1, 1, 1).expand_as(z)
-    fake = argparse.Namespace(unet=nn.Identity(), device=torch.device("cpu"), dtype=run.dtype,
-                              prediction_type="epsilon", alphas_cumprod=torch.ones(10) / 2,
-                              factor=2, encode=lambda x: x[:, :1, ::2, ::2],
-                              predict_noise=predict)
-    torch.manual_seed(0)
-    adapter = prompt_adapter.PromptAdapter(8, 2, residual=True)
-    config = prompt_adapter.AdapterConfig(steps=300, batch=64, lr=2e-3, contrast=1.0)
-    loader = prompt_adapter.CropPairs(photos, fake, 64, 64, inputs=inputs)
-    prompt_adapter.train_adapter(adapter, fake, loader, config)
-    result = following.contrast(run, adapter)
-    assert result["top_1"] >= 0.5 and result["same_weather_first"] >= 0.75, result
-
-
-@pytest.mark.slow
 def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
     command = ["--task", "all", "--student-width", "4", "--out", tmp_path / "run", "--seeds", "1",
                "--results", tmp_path, *TINY]
