@@ -43,11 +43,9 @@ class SynthConfig:
     guidance: float = 7.0       # w; 1: no guidance
     scheduler: str = "dpm"      # ODE solver: ddim, or dpm for DPM-Solver++(2M)
     negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
-    prompt_scale: float = 1.0   # addition: the prompts' deviation from their mean, times this
     anchor: bool = False        # addition: detail residual from a weather-free trajectory
 
-    # The additions, and the values that switch them off.
-    ADDITIONS = {"negative_prompt": "", "prompt_scale": 1.0, "anchor": False}
+    ADDITIONS = {"negative_prompt": "", "anchor": False}        # and the values that mean "off"
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:

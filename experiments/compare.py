@@ -29,11 +29,11 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
 from distill import Crops, distill, teacher_outputs
-from evaluate import DEFINITIONS, METRICS, evaluate, psnr, read_image, restore
+from evaluate import DEFINITIONS, METRICS, evaluate, read_image
 from experiments.gan import Adversary
 from models import Restorer, save_restorer
-from prompt_adapter import AdapterConfig, PromptAdapter, load_adapter
-from synth import SynthConfig, draw_crops, synthesize_folder
+from prompt_adapter import AdapterConfig, load_adapter
+from synth import SynthConfig, synthesize_folder
 
 
 # ---------------------------------------------------------------- the rows
@@ -63,29 +63,22 @@ ROWS = {
     "web-clean": Row("web photos in good weather", "the photos that provide the content",
                      lambda bench: bench.photos("clean", bench.crop)),
     "gan": Row("GAN", "data-free adversarial distillation, experiments/gan.py"),
-    "caption": Row("caption, plain", "{captions} in place of the adapter's prompts",
-                   lambda bench: bench.synthesize("caption", bench.captions())),
-    "caption-tuned": Row(
-        "caption, tuned", "{tuned}: the best for the test set, chosen by looking at it",
-        lambda bench: bench.synthesize("caption-tuned", bench.captions(TUNED))),
-    "caption-no-additions": Row(
-        "caption without additions", "{captions} in place of the adapter's prompts; no additions",
-        lambda bench: bench.synthesize("caption-no-additions", bench.captions(),
+    "sd-text": Row("captions", "{captions} in place of the adapter's prompts",
+                   lambda bench: bench.synthesize("sd-text", bench.captions())),
+    "sd-text-no-additions": Row(
+        "captions without additions", "{captions} in place of the adapter's prompts; no additions",
+        lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(),
                                        **SynthConfig.ADDITIONS)),
     "no-additions": ablation("additions (the paper's method)", "--no-additions",
                              AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS),
     "no-anchor": ablation("anchor", "--no-anchor", synth=dict(anchor=False)),
     "no-negative": ablation("negative prompt", "--negative-prompt ''",
                             synth=dict(negative_prompt="")),
-    "no-prompt-scale": ablation("prompt scale", "--prompt-scale 1", synth=dict(prompt_scale=1.0)),
-    "no-residual": ablation(
-        "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
-        dict(residual=False, weather_weight=0.0)),
-    "no-weather-weight": ablation("weather weight", "--adapter-weather-weight 0",
-                                  dict(weather_weight=0.0)),
     "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
-                        "prompt", dict(caption_base=False)),
+                        "prompt and are not centred", dict(caption_base=False)),
     "no-cross-crop": ablation("cross-crop", "--no-adapter-cross-crop", dict(cross_crop=False)),
+    "no-jitter": ablation("jitter", "--adapter-jitter 0", dict(jitter=0.0)),
+    "no-t-max": ablation("t-max", "--adapter-t-max 1", dict(t_max=1.0)),
     "no-contrast": ablation("contrastive loss", "--adapter-contrast 0", dict(contrast=0.0)),
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
@@ -96,24 +89,17 @@ ROWS = {
                     lambda bench: (bench.images("d4ir") + bench.images("web-degraded")),
                     reuses=("adapter", "synth")),
 }
-GROUPS = {"additions": (
-    "original", "caption", "caption-no-additions", "no-additions", "no-anchor", "no-negative",
-    "no-prompt-scale", "no-residual", "no-weather-weight", "no-base", "no-cross-crop",
-    "no-content", "d4ir")}
-TUNED = {"derain": ("a photo in heavy rain",), "dehaze": ("a photo in heavy haze",),
-         "desnow": ("a photo in heavy snow",)}
-TUNED["all"] = sum(TUNED.values(), ())
+GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
+                        "no-negative", "no-base", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
 
 
 class Captions:
-    """Drop-in replacement for the adapter: the embeddings of captions, in turn."""
+    """Drop-in replacement for the adapter: the embeddings of a task's captions, in turn."""
 
-    config = {"residual": False}
-
-    def __init__(self, sd, captions, tokens):
-        self.prompts = sd.text_prompt(list(captions), tokens)
+    def __init__(self, sd, task, tokens):
+        self.prompts = sd.text_prompt(list(d4ir.TASKS[task].captions), tokens)
 
     def __call__(self, degraded):
         return self.prompts[torch.arange(len(degraded)) % len(self.prompts)]
@@ -159,28 +145,20 @@ class Bench:
                 d4ir.adapter_stage(run)
         return load_adapter(path, run.device)
 
-    def captions(self, captions=None):
-        task = self.run.args.task
-        chosen = captions[task] if captions else d4ir.TASKS[task].captions
-        return Captions(self.run.sd, chosen, self.run.adapter.tokens)
+    def captions(self):
+        return Captions(self.run.sd, self.run.args.task, self.run.adapter.tokens)
 
     def synthesize(self, name, adapter, clean=None, degraded=None, **settings):
         """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
         run = self.variant(name, synth=settings)
-        run.degraded = degraded or self.photos("degraded", run.size)
         clean = clean or self.photos("clean", run.size)
+        degraded = degraded or self.photos("degraded", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
-        gain = run.out / "gain.json"
         if not all(file.exists() for file in files):
             with timed(run.out, "synth"):
-                if isinstance(adapter, PromptAdapter):      # not captions
-                    adapter = d4ir.scaled(run, adapter)
-                synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
-                                  run.out / "synth", seed=run.args.seed)
-        images = [read_image(file) for file in files]
-        if not gain.exists():
-            d4ir.write_text(gain, json.dumps(teacher_gain(run, clean, images)))
-        return images
+                synthesize_folder(clean, degraded, adapter, run.sd, run.synth, run.out / "synth",
+                                  seed=run.args.seed)
+        return [read_image(file) for file in files]
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, which trains beside the student."""
@@ -241,22 +219,6 @@ class Bench:
         return student, images
 
 
-@torch.no_grad()
-def teacher_gain(run, clean, images):
-    """PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over synthesized images x: how well the
-    teacher restores the clean photos x_c that they were made from.
-
-    It needs only what D4IR has, and is large where x shows weather that the teacher knows: settings
-    can be chosen by it without a test set.
-    """
-    gains = []
-    for i, image in enumerate(images):
-        x_c = draw_crops(clean, image.shape[-1], run.args.seed, [i], 0)[0]
-        x = image / 255
-        gains.append(psnr(restore(run.teacher, x), x_c) - psnr(x, x_c))
-    return statistics.fmean(gains)
-
-
 @contextmanager
 def timed(folder, name):
     """Adds the seconds of a block to the folder's seconds.json."""
@@ -310,12 +272,9 @@ def compare(bench, names, seeds):
         took = {key: shared[key] for key in row.reuses if key in shared} | own
         per_student = statistics.fmean(took[key] for key in took if key.startswith("student"))
         total = per_student + took.get("adapter", 0) + took.get("synth", 0)
-        captions, tuned = (", ".join(map(repr, texts)) for texts in
-                           (d4ir.TASKS[run.args.task].captions, TUNED[run.args.task]))
-        stats |= {"minutes": total / 60, "note": row.note.format(
-            captions=captions, tuned=tuned, **asdict(run.synth))}
-        if (run.out / name / "gain.json").exists():
-            stats["gain"] = json.loads((run.out / name / "gain.json").read_text())
+        captions = ", ".join(map(repr, d4ir.TASKS[run.args.task].captions))
+        stats |= {"minutes": total / 60,
+                  "note": row.note.format(captions=captions, **asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats)
@@ -351,7 +310,7 @@ def sweep(bench, what, seeds):
             images["d4ir"] = lambda: bench.synthesize("d4ir" + suffix, bench.adapter("d4ir"),
                                                       **{what: value})
         if what in ("strength", "guidance"):
-            images["caption"] = lambda: bench.synthesize("caption" + suffix, bench.captions(),
+            images["sd-text"] = lambda: bench.synthesize("sd-text" + suffix, bench.captions(),
                                                          **{what: value})
         values.append({what: value} | {
             name: summary(bench.students(name + suffix, make, seeds))["psnr_rgb"]
@@ -365,22 +324,20 @@ def markdown(result):
     number = lambda m, digits: f"{m['mean']:.{digits}f}" + (
         f" ± {m['std']:.{digits}f}" if m["std"] else "")
     if "rows" in result:
-        lines += ["| source | PSNR RGB | SSIM RGB | PSNR Y | SSIM Y | share | gain | images/s "
-                  "| minutes |", "|" + "---|" * 9]
+        lines += ["| source | PSNR RGB | SSIM RGB | PSNR Y | SSIM Y | share | images/s | minutes |",
+                  "|" + "---|" * 8]
         for row in result["rows"]:
             name = row["source"]
             cells = [ROWS[name].title if name in ROWS else name]
             cells += [number(row[key], 2 if key.startswith("psnr") else 4) for key in METRICS]
             cells += [f"{row['share']:.0%}" if "share" in row else "",
-                      f"{row['gain']:.2f}" if "gain" in row else "",
                       f"{row['images_per_s']:.1f}" if "images_per_s" in row else "",
                       f"{row['minutes']:.1f}" if "minutes" in row else ""]
             lines.append(f"| {' | '.join(cells)} |")
         lines += [""] + [f"- {ROWS[row['source']].title}: {row['note']}"
                          for row in result["rows"] if "note" in row]
         lines += ["- share: (student - input) / (student trained on the original data - input), "
-                  "in PSNR RGB",
-                  "- gain: PSNR(T(x), x_c) - PSNR(x, x_c) of the synthesized images, in dB"]
+                  "in PSNR RGB"]
     else:
         what = result["sweep"]
         columns = [key for key in result["values"][0] if key != what]
