@@ -509,8 +509,8 @@ def choose_device(name):
 
 
 def has_bf16(device):
-    """Whether a device computes bf16 in hardware. torch < 2.10 does not know this of a CPU."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    """Whether a device computes bf16 in hardware."""
+    cpu = torch.cpu.get_capabilities()
     return device.type != "cpu" or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -567,8 +567,8 @@ def check_teacher(run):
 
 
 def check_diffusion(run):
-    """Raises ValueError if settings of adapter or synth do not fit the Stable Diffusion; warns if
-    it looks like a few-step model with other settings than it needs."""
+    """Raises ValueError if settings of adapter or synth do not fit the Stable Diffusion. Warns if
+    it looks like a few-step model and the settings do not suit one."""
     args, sd, size = run.args, run.sd, run.size
     choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
     sd.null_prompt(args.tokens)
@@ -701,14 +701,19 @@ def interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 
+def silence_libraries():
+    """Hides the messages and progress bars of diffusers and transformers."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def run_command(main):
     """Runs main. User errors print one line to stderr and exit with code 2; SIGINT and SIGTERM exit
     with 130 and 143."""
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence_libraries()
     huggingface_hub.utils.enable_progress_bars()            # for downloads
     try:
         main()

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
@@ -171,10 +172,10 @@ def spans(length, tile, overlap):
 def restore_folder(model, source, folder, tile=1024):
     """Restores a photo, or all photos below a folder, into `folder` as PNG files.
 
-    Subfolders are kept: source/a/b.jpg becomes folder/a/b.png, or b.jpg.png beside a b.png.png if
-    source/a has a b.png, too. Unreadable photos are skipped with a message, and photos below
-    `folder` are ignored. Raises ValueError if there is no photo, none can be read, or one would be
-    overwritten.
+    Subfolders are kept: source/a/b.jpg becomes folder/a/b.png. If source/a also contains b.png, the
+    outputs are b.jpg.png and b.png.png. Unreadable photos are skipped with a message, and photos
+    below `folder` are ignored. Raises ValueError if there is no photo, none can be read, or one
+    would be overwritten.
     """
     source, folder = Path(source), Path(folder)
     root = source if source.is_dir() else source.parent
@@ -215,27 +216,39 @@ def cost(model, size=256, runs=5):
     """
     x = torch.rand(1, 3, size, size, device=next(model.parameters()).device)
     x = x.contiguous(memory_format=torch.channels_last)
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    flops = FlopCounterMode(display=False, custom_mapping={cpu_attention: attention_flops})
-    memory, times = LiveTensors([x, *model.parameters(), *model.buffers()]), []
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda device: None
+    flops, times = flop_counter(), []
+    memory = LiveTensors([x, *model.parameters(), *model.buffers()])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with flops, memory:
             model(x)
         for _ in range(runs):
-            synchronize(x.device)
-            start = time.perf_counter()
+            start = synchronized_clock(x.device)
             model(x)
-            synchronize(x.device)
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * (synchronized_clock(x.device) - start))
     values = (sum(p.numel() for p in model.parameters()), flops.get_total_flops() / 2e9,
               statistics.median(times), memory.peak / 2 ** 20)
     return dict(zip(COSTS, values))
 
 
-def attention_flops(query, key, value, *others, **named):
-    """FLOPs of attention on a CPU, which torch's counter ignores; the arguments are shapes."""
-    return sdpa_flop_count(query, key, value)
+def synchronized_clock(device):
+    """Seconds on a clock that waits for a GPU's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flop_counter():
+    """torch's FLOP counter, 2 FLOP per multiply-add, with the attention kernels of CPUs added."""
+    def forward(query, key, value, *others, **named):       # the arguments are shapes
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad, query, key, value, *others, **named):
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
 
 
 class LiveTensors(TorchDispatchMode):
@@ -372,7 +385,7 @@ def find_set(folder):
 
 def match_files(degraded, truth, name):
     """Pairs the files of two folders by the one rule of RULES that fits them all; never by their
-    order. Raises ValueError, with the names, for files without partner and truths of one name."""
+    order. Raises ValueError, with names, if a file has no partner or two truths share a name."""
     inputs, truths = list_images(degraded), {}
     for path in list_images(truth):
         if truth == degraded.parent and not path.stem.startswith("norain"):

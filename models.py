@@ -489,7 +489,7 @@ def load_matching(model, state, source, assign=False):
 
 
 def find_prefix(state, expected):
-    """The prefix under which `state` has the most of the expected keys; '' without a prefix."""
+    """The prefix under which `state` has the most of the expected keys; '' if there is none."""
     first = next(iter(expected), "")
     prefixes = {key.removesuffix(first) for key in state if key.endswith("." + first)}
     matches = {prefix: sum(prefix + key in state for key in expected)

@@ -332,8 +332,9 @@ def test_adapter_file(tmp_path, centered):
     adapter(torch.stack([photo(i, 48, 48) for i in range(4)]))     # moves the running statistics
     adapter.eval()
     prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
-    x = photo(1, 50, 70)[None]
-    assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(x), adapter(x))
+    loaded, x = prompt_adapter.load_adapter(tmp_path / "a.safetensors"), photo(1, 50, 70)[None]
+    torch.testing.assert_close(loaded.state_dict(), adapter.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded(x), adapter(x), rtol=0, atol=1e-5)    # kernels may differ
     assert adapter(x).shape == (1, 4, 32)
     (tmp_path / "b").write_bytes(b"no")
     with pytest.raises(ValueError, match="b: not an adapter"):

@@ -6,7 +6,7 @@
     python -m experiments.bench --compile          # the U-Net with and without torch.compile
 
 Each command prints its tables and writes its own section of results/bench-DEVICE.json. Takes the
-flags of d4ir.py. Photos are random, adapters and students untrained; this does not change the time.
+flags of d4ir.py. Photos are random, adapters and students untrained; neither affects the speed.
 
     ratio = seconds of the alternative / seconds of ours, per image or training step
     share = FLOP / seconds / (FLOP per second of a large matrix product in the same precision)
@@ -15,16 +15,13 @@ Both sides and the matrix products take turns in one process; seconds are median
 FLOPs are those of convolutions, matrix products and attention, counted during a call. Peak memory
 (host_gib) is that of a fresh process, including Python and its libraries (about 0.6 GiB).
 """
-import argparse
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -40,12 +37,12 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 from torchvision.transforms import RandomCrop
 
 import d4ir
 from distill import Crops, DistillConfig, distill, teacher_outputs
-from evaluate import attention_flops, cost, read_image
+from evaluate import cost, flop_counter, read_image, synchronized_clock
+from experiments.common import machine_name, make_parser, provenance
 from models import (Restorer, StableDiffusion, load_restorer, load_stable_diffusion,
                     save_restorer)
 from prompt_adapter import AdapterConfig, CropPairs, PromptAdapter, save_adapter, train_adapter
@@ -87,7 +84,7 @@ def measure(sides, device, repeats):
 
 
 def median_seconds(calls, device, repeats):
-    """The median seconds of each call. They take turns, so that other load disturbs all alike."""
+    """The median seconds of each call. They take turns, so that other load affects them equally."""
     times = [[] for _ in calls]
     for _ in range(repeats):
         for call, values in zip(calls, times):
@@ -97,24 +94,10 @@ def median_seconds(calls, device, repeats):
     return [statistics.median(values) for values in times]
 
 
-def synchronized_clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def count_flops(call):
-    """FLOPs of a call, 2 per multiply-add. torch's counter lacks the attention of CPUs."""
-    aten = torch.ops.aten
-    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-               aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
-
-
-def attention_backward_flops(grad, query, key, value, *others, **named):
-    return sdpa_backward_flop_count(grad, query, key, value)
 
 
 def matmul(device, dtype):
@@ -137,9 +120,7 @@ def in_fresh_process(function, *arguments, **named):
 
 def with_peak_memory(function, *arguments, **named):
     import resource                                         # Windows has none
-    for library in (diffusers, transformers):               # as in d4ir.run_command
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    d4ir.silence_libraries()
     result = function(*arguments, **named)
     result["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     if torch.cuda.is_initialized():
@@ -186,7 +167,7 @@ def distillation(student, config, loader, device, dtype, teacher=None):
 
 
 def ignore(report):
-    """In place of the log of a training."""
+    """Discards the reports of a training."""
 
 
 # ---------------------------------------------------------------- the table's rows
@@ -392,7 +373,7 @@ GPUS = {"H100": 989, "A100": 312, "RTX 4090": 165, "RTX 3060": 25.5}
 SHARES = {"adapter": 0.28, "synth": 0.35, "distill": 0.1}
 LAUNCH_SECONDS = {"adapter": 0, "synth": 0, "distill": 0.03}
 # For computed memory of an adapter step: the three networks in bf16 (2.0) with the adapter, its
-# gradients, AdamW's state and the key encoder (0.6); activations of a photo of 512 px.
+# gradients, AdamW's state and the key encoder (0.6); the activations of a photo of 512 px.
 FIXED_GIB, PHOTO_GIB = 2.6, 0.69
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 
@@ -566,17 +547,15 @@ def markdown(rows):
 
 
 def main(argv=None):
-    parser = d4ir.Parser(prog="experiments.bench", description=__doc__, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter,
-                         epilog="and the flags of d4ir.py (see python d4ir.py --help)")
-    parser.add_argument("--repeats", type=d4ir.number(int, 1), default=3, help="of every call (3)")
+    parser = make_parser("bench", __doc__)
+    parser.add_argument("--repeats", type=d4ir.number(int, 1), default=3,
+                        help="timed runs of every call (3)")
     parser.add_argument("--growth", action="store_true", help="instead of the table")
     parser.add_argument("--sd-size", choices=["1.5"], help="instead of the table")
     parser.add_argument("--seconds", type=d4ir.number(float, 1), default=300,
-                        help="--sd-size measures no batch that would take longer in all (300)")
+                        help="with --sd-size: skip batches expected to take longer (300)")
     parser.add_argument("--compile", action="store_true",
                         help="instead of the table; with --sd-size, of that U-Net at 512 px")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     own, rest = parser.parse_known_args(argv)
     run = make_run(rest)
     if own.compile:
@@ -593,14 +572,10 @@ def main(argv=None):
             run.log(f"--- {name}")
             rows.append(dict(row=name) | compare(*sides(run), run.device, own.repeats))
         tables = {"rows": rows}
-    machine = f"{os.cpu_count()} CPU cores"
-    if run.device.type == "cuda":
-        machine = torch.cuda.get_device_name(run.device)
-    command = ["python", "-m", "experiments.bench", *(sys.argv[1:] if argv is None else argv)]
-    tables |= {"command": shlex.join(command), "date": time.strftime("%Y-%m-%d"),
-               "machine": machine, "threads": torch.get_num_threads(), "repeats": own.repeats,
-               "precision": run.args.precision, "torch": torch.__version__,
-               "diffusers": diffusers.__version__}
+    tables |= provenance("bench", argv) | {
+        "machine": machine_name(run.device), "threads": torch.get_num_threads(),
+        "repeats": own.repeats, "precision": run.args.precision, "torch": torch.__version__,
+        "diffusers": diffusers.__version__}
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"bench-{device_name(run.device)}.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

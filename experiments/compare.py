@@ -9,14 +9,10 @@ the same network, steps, batch, crop, learning rate and seeds; all synthesized s
 number of images. Adapters, images and teacher outputs are made once per row and used for all
 seeds. Finished work in --out (runs/compare/TASK) is kept.
 """
-import argparse
 import copy
 import hashlib
 import json
-import os
-import shlex
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +26,7 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 import d4ir
 from distill import Crops, distill, teacher_outputs
 from evaluate import DEFINITIONS, METRICS, evaluate, read_image
+from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
 from models import Restorer, save_restorer
 from prompt_adapter import AdapterConfig, load_adapter
@@ -395,16 +392,13 @@ def write_demo_photos(folder, task, **counts):
 
 
 def main(argv=None):
-    parser = d4ir.Parser(prog="experiments.compare", description=__doc__, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter,
-                         epilog="and the flags of d4ir.py (see python d4ir.py --help)")
+    parser = make_parser("compare", __doc__)
     parser.add_argument("--seeds", type=d4ir.number(int, 1), default=3, help="students per row (3)")
     parser.add_argument("--rows", nargs="+", choices=(*ROWS, *GROUPS), default=list(ROWS),
                         metavar="ROW", help=f"of {', '.join((*GROUPS, *ROWS))} (all)")
     parser.add_argument("--sweep", choices=SWEEPS, help="instead of the rows: values of a setting")
     parser.add_argument("--original", type=Path, metavar="DIR",
                         help="degraded training photos of the teacher (the demo's)")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     own, rest = parser.parse_known_args(argv)
     run = d4ir.Run(d4ir.parse(rest))
     args = run.args
@@ -441,13 +435,9 @@ def main(argv=None):
         result |= {"sweep": own.sweep, "values": sweep(bench, own.sweep, own.seeds)}
     else:
         result["rows"] = compare(bench, names, own.seeds)
-    machine = f"{os.cpu_count()} CPU cores"
-    if run.device.type == "cuda":
-        machine = torch.cuda.get_device_name(run.device)
-    command = ["python", "-m", "experiments.compare", *(sys.argv[1:] if argv is None else argv)]
-    result |= {"command": shlex.join(command), "date": time.strftime("%Y-%m-%d"),
-               "seed": args.seed, "machine": machine, "adapter": asdict(run.adapter),
-               "synth": asdict(run.synth), "distill": asdict(run.distill)}
+    result |= provenance("compare", argv) | {
+        "seed": args.seed, "machine": machine_name(run.device), "adapter": asdict(run.adapter),
+        "synth": asdict(run.synth), "distill": asdict(run.distill)}
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"{own.sweep or 'compare'}-{args.task}"
     d4ir.write_text(path.with_suffix(".json"), json.dumps(result, indent=1))

@@ -14,12 +14,7 @@ The result is the Spearman correlation of each between degraded photos and what 
 them. "captions" are the renderer's exact descriptions of the same photos in place of the learned
 prompts (demo photos only); "ceiling" is the correlation between two crops of one degraded photo.
 """
-import argparse
 import json
-import shlex
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +22,7 @@ from tqdm import tqdm
 
 import d4ir
 from evaluate import figure, list_images, read_image
+from experiments.common import make_parser, provenance
 from prompt_adapter import load_adapter
 from synth import draw_crops, synthesize_photos
 
@@ -119,11 +115,7 @@ def following_figure(run, captions, path, count=8):
 
 
 def main(argv=None):
-    parser = d4ir.Parser(prog="experiments.following", description=__doc__, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter,
-                         epilog="and the flags of d4ir.py (see python d4ir.py --help)")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = make_parser("following", __doc__).parse_known_args(argv)
     run = d4ir.main([*rest, "--stage", "adapter", "synth"])
     args, indices = run.args, range(run.synth.images)
     degraded = measure(run, draw_crops(run.degraded, run.size, args.seed, indices, 1))
@@ -135,9 +127,7 @@ def main(argv=None):
         made = synthesize_captions(run, captions)
         result["captions"] = spearman(degraded, measure(run, made))
     result["ceiling"] = spearman(degraded, measure(run, second_crops(run, indices)))
-    command = ["python", "-m", "experiments.following", *(sys.argv[1:] if argv is None else argv)]
-    result |= {"command": shlex.join(command), "date": time.strftime("%Y-%m-%d"),
-               "seed": args.seed}
+    result |= provenance("following", argv) | {"seed": args.seed}
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"following-{args.task}"
     following_figure(run, captions, path.with_suffix(".png"))

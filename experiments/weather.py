@@ -11,8 +11,6 @@ prompt, and the classifier labels the outputs.
 import argparse
 import json
 import os
-import shlex
-import sys
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from demo import SETTINGS, WEIGHTS
 from demo.photos import Photo, ignore_signals, render_photo
 from demo.pretrain import grid, img2img, load_img2img, to_tensor
 from demo.weather import KINDS
+from experiments.common import provenance
 from models import load_stable_diffusion
 from prompt_adapter import PromptAdapter
 
@@ -116,7 +115,7 @@ def main():
     args = parser.parse_args()
     result, rows = check(args.sd, guidance=args.guidance, device=args.device)
     args.results.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "experiments.weather", *sys.argv[1:]])
+    command = provenance("weather", None)["command"]
     record = {"command": command, "guidance": args.guidance} | result
     d4ir.write_text(args.results / "weather-check.json", json.dumps(record, indent=1))
     grid(rows, args.results / "weather-check.png")
