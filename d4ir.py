@@ -155,7 +155,7 @@ def distill_stage(run):
         targets = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
-    student = Restorer(run.args.student_width, window=crop)
+    student = run.new_student()
     distill(run.teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
             checkpoint=run.out / "student.pt", log=run.log_losses)
     if run.is_main:
@@ -337,7 +337,7 @@ def make_parser():
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
         help="pad the input of a FILE.py network to a multiple of N px (1)")
     add("--student-width", type=number(int, 1), metavar="N",
-        help="channels of the student (half the teacher's; 32 for a FILE.py teacher)")
+        help="channels of the student (half the teacher's; 24 for a FILE.py teacher)")
     add("--test", type=Path, metavar="DIR", help="paired benchmark folder (the demo's)")
     add("--out", type=Path, metavar="DIR", help="run folder (runs/TASK)")
     add("--restart", action="store_true",
@@ -438,6 +438,9 @@ class Run:
     @cached_property
     def pairs(self):
         return find_pairs(self.args.test)
+
+    def new_student(self):
+        return Restorer(self.args.student_width, block="residual")
 
     @property
     def size(self):
@@ -562,7 +565,7 @@ def check_teacher(run):
         if not output.isfinite().all():
             raise ValueError(f"--teacher {args.teacher}: in {precision}, its output for a test "
                              "image is not finite")
-    half = teacher.config["width"] // 2 if isinstance(teacher, Restorer) else 32
+    half = teacher.config["width"] // 2 if isinstance(teacher, Restorer) else 24
     args.student_width = args.student_width or max(1, half)
 
 

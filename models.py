@@ -34,8 +34,26 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Block(nn.Module):
-    """NAFNet's block (Chen et al. 2022): two residual branches with the simple gate a * b.
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x))), without norm, as in EDSR (Lim et al. 2017).
+
+    The student's block. Per multiply-add it reads and writes far less memory than `NAFBlock`, whose
+    layer norms, depthwise convolutions and means leave a CPU waiting for memory.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+        nn.init.zeros_(self.conv2.bias)
+        self.conv2.weight.data /= 2                        # starts closer to the identity
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class NAFBlock(nn.Module):
+    """NAFNet's block (Chen et al. 2022): two residual branches with the simple gate a * b. The
+    teacher's block.
 
     window: side of the neighbourhood, in features, that channel attention averages over in eval
     mode (odd); 0: the whole feature map.
@@ -74,32 +92,38 @@ def local_mean(x, window):
 
 
 class Restorer(nn.Module):
-    """A NAFNet-style U-Net with a global residual (Chen et al. 2022).
+    """A U-Net with a global residual, NAFNet-style (Chen et al. 2022) with its own blocks.
 
     It runs on 2x2 px blocks as channels (pixel unshuffle), about four times as fast as on single
     pixels. The architecture is our choice: we do not know the paper's networks.
 
     width: channels at the first level, doubled at each further level.
     encoder, decoder: blocks per level. middle: blocks at the bottom.
-    window: side of the training crops, px. In eval mode, channel attention averages over an area of
-      this size instead of the whole photo (Chu et al. 2022), as in training; tiles and whole photos
-      then agree. 0: over the whole photo.
-    Raises ValueError if encoder and decoder have different numbers of levels.
+    window: side of the training crops, px. In eval mode, the channel attention of "nafnet" averages
+      over an area of this size instead of the whole photo (Chu et al. 2022), as in training; tiles
+      and whole photos then agree. 0: over the whole photo.
+    block: "nafnet" or "residual".
+    Raises ValueError for another block, or if encoder and decoder have different numbers of levels.
     """
 
-    def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1), window=0):
+    def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1), window=0,
+                 block="nafnet"):
         super().__init__()
+        if block not in ("nafnet", "residual"):
+            raise ValueError(f"block must be 'nafnet' or 'residual', not {block!r}")
         if len(encoder) != len(decoder):
             raise ValueError("encoder and decoder must have the same number of levels, not "
                              f"{encoder} and {decoder}")
         self.config = dict(width=width, encoder=list(encoder), middle=middle, decoder=list(decoder),
-                           window=window)
+                           window=window, block=block)
         self.multiple = 2 ** (len(encoder) + 1)            # the padded sides are multiples of this
 
         def blocks(channels, count):
+            if block == "residual":
+                return nn.Sequential(*[ResidualBlock(channels) for _ in range(count)])
             features = window * width // (2 * channels)    # the training crop's side at this level
             local = features | 1 if window else 0          # made odd
-            return nn.Sequential(*[Block(channels, local) for _ in range(count)])
+            return nn.Sequential(*[NAFBlock(channels, local) for _ in range(count)])
 
         widths = [width * 2 ** level for level in range(len(encoder))]
         self.intro = nn.Conv2d(12, width, 3, padding=1)
@@ -404,6 +428,9 @@ def build_network(file, name, arguments):
         with import_first_from(file.resolve().parent):
             spec.loader.exec_module(module)
             network = getattr(module, name)(**keywords)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{file}: {first_line(error)}: install it, or remove the import if the "
+                         "network does not use it") from error
     except Exception as error:                             # third-party code may raise anything
         raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
                          f"{first_line(error)}") from error

@@ -649,9 +649,10 @@ def test_distillation_learns_the_teacher_and_resumes(tmp_path):
 
 # ---------------------------------------------------------------- models
 
-def test_restorer_takes_any_size_and_starts_as_the_identity(tmp_path):
+@pytest.mark.parametrize("block", ["nafnet", "residual"])
+def test_restorer_takes_any_size_and_starts_as_the_identity(tmp_path, block):
     torch.manual_seed(0)
-    model = models.Restorer(8)
+    model = models.Restorer(8, block=block)
     for height, width in ((64, 64), (37, 51), (5, 9), (1, 1)):
         x = torch.rand(2, 3, height, width)
         assert torch.equal(model(x), x)
@@ -662,7 +663,21 @@ def test_restorer_takes_any_size_and_starts_as_the_identity(tmp_path):
     assert loaded.config == model.config and not any(p.requires_grad for p in loaded.parameters())
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(ValueError, match="same number of levels"):
-        models.Restorer(8, (1, 1), 1, (1,))
+        models.Restorer(8, (1, 1), 1, (1,), block=block)
+    with pytest.raises(ValueError, match="block must be 'nafnet' or 'residual', not 'naf'"):
+        models.Restorer(8, block="naf")
+
+
+def test_residual_block_is_the_sum_of_its_input_and_two_convolutions():
+    block, x = models.ResidualBlock(4), noise(0, 2, 4, 9, 12)
+    assert torch.equal(block(x), x + block.conv2(block.conv1(x).relu()))
+
+
+def test_weights_from_before_the_choice_of_blocks_load_as_nafnet(tmp_path):
+    model = models.Restorer(4)
+    del model.config["block"]
+    models.save_restorer(model, tmp_path / "old.safetensors")
+    assert models.load_restorer(tmp_path / "old.safetensors").config["block"] == "nafnet"
 
 
 def test_channel_attention_is_local_in_eval_mode():
@@ -684,9 +699,11 @@ def test_channel_attention_is_local_in_eval_mode():
     assert not torch.allclose(model(a)[..., :32, :], model(b)[..., :32, :], atol=1e-6)
 
 
-def test_export_restorer(tmp_path):
+@pytest.mark.parametrize("block", ["nafnet", "residual"])
+def test_export_restorer(tmp_path, block):
     torch.manual_seed(0)
-    model = models.Restorer(4, (1, 1), 1, (1, 1), window=16).eval().requires_grad_(False)
+    model = models.Restorer(4, (1, 1), 1, (1, 1), window=16, block=block)
+    model.eval().requires_grad_(False)
     nn.init.normal_(model.ending.weight, std=0.1)
     paths = models.export_restorer(model, tmp_path)
     assert paths == [path for path in (tmp_path / "student.pt2", tmp_path / "student.onnx")
@@ -822,7 +839,7 @@ def test_unusable_teachers_are_refused(network):
             (spec("Net(width=5)"),
              r"size mismatch for body.weight: .*\[4, 3, 3, 3\].*\[5, 3, 3, 3\]"),
             (spec("number"), "not an nn.Module"),
-            (f"{folder}/broken.py:Net@{weights}", "nothing_of_this_name"),
+            (f"{folder}/broken.py:Net@{weights}", "nothing_of_this_name.: install it, or remove"),
             (f"{folder}/no.py:Net@{weights}", "no such file"),
             (f"{folder}/rubbish.safetensors", "not a readable"),
             (f"{folder}/rubbish.pth", "FILE.py:NAME@WEIGHTS"),
@@ -1319,9 +1336,9 @@ def test_demo_photos_are_reproducible_and_existing_files_are_kept(tmp_path):
     write(tmp_path / "a", ("snow",))
     assert (tmp_path / "a/degraded/0000.png").read_bytes() == b"kept"
     assert (tmp_path / "a/degraded/0001.png").read_bytes() == contents[files[2]]
-    for weather in (("hail",), ()):
+    for kinds in (("hail",), ()):
         with pytest.raises(ValueError, match="weather must be some of"):
-            write(tmp_path / "c", weather)
+            write(tmp_path / "c", kinds)
 
 
 def test_demo_settings_are_options_and_importing_the_demo_is_cheap():
@@ -2147,6 +2164,19 @@ def test_compare_reuses_resumes_and_rejects_changed_settings(go_compare, tmp_pat
         go_compare("--original", tmp_path / "none")
 
 
+def test_compare_reports_every_test_set(tmp_path):
+    rows = [dict.fromkeys(evaluate.METRICS, value) for value in (20.0, 24.0, 31.0)]
+    pairs = [evaluate.Pair(tmp_path, tmp_path, name) for name in "aab"]
+    means = dict.fromkeys(evaluate.METRICS, 25.0)
+    result = compare.test_metrics(means | {"images": rows}, pairs)
+    assert result == means | {"psnr_rgb, a": 22.0, "psnr_rgb, b": 31.0}
+    assert compare.test_metrics(means | {"images": rows[:2]}, pairs[:2]) == means
+    table = compare.markdown({"task": "derain", "n_images": 3, "seeds": 1, "seed": 0, "date": "",
+                              "command": "", "machine": "", "rows": [
+                                  {"source": "input"} | compare.summary([result])]})
+    assert "| PSNR RGB, a | PSNR RGB, b |" in table and "| 22.00 | 31.00 |" in table
+
+
 def test_a_new_baseline_needs_one_entry(go_compare, monkeypatch):
     black = lambda bench: [torch.zeros(3, 96, 96, dtype=torch.uint8)] * 3
     monkeypatch.setitem(compare.ROWS, "black", compare.Row("black", "black images", black))
@@ -2195,7 +2225,8 @@ def test_following(demo_run, folders, tmp_path):
 def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
     command = ["--task", "all", "--student-width", "4", "--out", tmp_path / "run", "--seeds", "1",
                "--results", tmp_path, *TINY]
-    sweeps = {"strength": (0.3, 0.95), "guidance": (1.0, 2.0), "photos": (3, 6), "images": (2, 6)}
+    sweeps = {"strength": (0.3, 0.95), "guidance": (1.0, 2.0), "steps": (1, 2),
+              "photos": (3, 6), "images": (2, 6)}
     for what, values in sweeps.items():
         monkeypatch.setitem(compare.SWEEPS, what, values)
         compare.main([*map(str, command), "--sweep", what])

@@ -247,17 +247,13 @@ def distill_step(run):
     """Against decoding PNG files and running the teacher in every step, and float32."""
     config, crop, images = run.distill, run.distill.crop_size(run.size), random_photos(64, run.size)
     targets = teacher_outputs(run.teacher, images, run.device, run.dtype)
-    ours = distillation(new_student(run), config, Crops(images, crop, config.batch, targets),
+    ours = distillation(run.new_student(), config, Crops(images, crop, config.batch, targets),
                         run.device, run.dtype)
-    alternative = distillation(new_student(run), config,
+    alternative = distillation(run.new_student(), config,
                                DataLoader(PngCrops(images, crop), config.batch, shuffle=True),
                                run.device, torch.float32, run.teacher)
     alternative.settings |= dict(keep_teacher=False, images="PNG files decoded in every step")
     return ours, alternative
-
-
-def new_student(run):
-    return Restorer(run.args.student_width, window=run.distill.crop_size(run.size))
 
 
 class PngCrops:
@@ -286,7 +282,7 @@ def latency(run, size):
     """The student, as the evaluation loads it from its file, against the teacher: one image."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "student.safetensors")
-        save_restorer(new_student(run), file)
+        save_restorer(run.new_student(), file)
         student = load_restorer(file, run.device)
     return restoration(student, size, run.device), restoration(run.teacher, size, run.device)
 
@@ -438,7 +434,7 @@ def sd_cell(stage, size, batch, width, device, dtype):
     else:
         config = DistillConfig(batch=batch, steps=steps)
         crop, targets = config.crop_size(size), [(photo / 255).half() for photo in photos]
-        side = distillation(Restorer(width, window=crop), config,
+        side = distillation(Restorer(width, block="residual"), config,
                             Crops(photos, crop, batch, targets), device, dtype)
     (result,) = measure([side], device, 1)
     result.pop("settings")                                  # the defaults

@@ -28,7 +28,7 @@ from distill import Crops, distill, teacher_outputs
 from evaluate import DEFINITIONS, METRICS, evaluate, read_image
 from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
-from models import Restorer, save_restorer
+from models import save_restorer
 from prompt_adapter import AdapterConfig, load_adapter
 from synth import SynthConfig, synthesize_folder
 
@@ -89,6 +89,7 @@ ROWS = {
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
                         "no-negative", "no-base", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
+          "steps": (1, 2, 4, 6, 10, 20),
           "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
 
 
@@ -195,7 +196,7 @@ class Bench:
                 save_restorer(student, path)
                 strip(sample, self.crop).save(run.out / "sample.png")
                 result = evaluate(student, run.pairs, tile=run.args.tile)
-                d4ir.write_text(file, json.dumps({key: result[key] for key in METRICS}))
+                d4ir.write_text(file, json.dumps(test_metrics(result, run.pairs)))
                 path.with_suffix(".pt").unlink(missing_ok=True)
             results.append(json.loads(file.read_text(encoding="utf-8")))
         return results
@@ -203,7 +204,7 @@ class Bench:
     def train(self, run, images, targets, seed):
         """A student of one seed, and sample images (3,H,W) in 0..255 of what it was trained on."""
         torch.manual_seed(seed)
-        student = Restorer(run.args.student_width, window=self.crop).to(run.device)
+        student = run.new_student().to(run.device)
         options = dict(device=run.device, dtype=run.dtype, log=run.log_losses)
         if images is None:
             loader = Adversary(run.teacher, student, self.crop, run.distill.batch, run.device,
@@ -243,6 +244,17 @@ def strip(images, side, count=8):
     return picture
 
 
+def test_metrics(result, pairs):
+    """The four metrics and, with several test sets, PSNR RGB of each: {"psnr_rgb, SET": ...}."""
+    sets = {}
+    for pair, image in zip(pairs, result["images"]):
+        sets.setdefault(f"psnr_rgb, {pair.set}", []).append(image["psnr_rgb"])
+    metrics = {key: result[key] for key in METRICS}
+    if len(sets) > 1:
+        metrics |= {name: statistics.fmean(values) for name, values in sets.items()}
+    return metrics
+
+
 def summary(results):
     """{"psnr_rgb": {"mean", "std"}, ...} over the results of several seeds."""
     stats = {}
@@ -260,7 +272,7 @@ def compare(bench, names, seeds):
     run, rows = bench.run, []
     for name, model in (("input", None), ("teacher", run.teacher)):
         result = evaluate(model, run.pairs, tile=run.args.tile, label=name)
-        rows.append({"source": name} | summary([{key: result[key] for key in METRICS}]))
+        rows.append({"source": name} | summary([test_metrics(result, run.pairs)]))
     for name, row in ROWS.items():
         if bench.is_no_op(name) or not (name in names or bench.is_finished(name, seeds)):
             continue
@@ -321,12 +333,16 @@ def markdown(result):
     number = lambda m, digits: f"{m['mean']:.{digits}f}" + (
         f" ± {m['std']:.{digits}f}" if m["std"] else "")
     if "rows" in result:
-        lines += ["| source | PSNR RGB | SSIM RGB | PSNR Y | SSIM Y | share | images/s | minutes |",
-                  "|" + "---|" * 8]
+        sets = [key for key in result["rows"][0] if ", " in key]
+        titles = ["PSNR RGB", "SSIM RGB", "PSNR Y", "SSIM Y",
+                  *(key.replace("psnr_rgb", "PSNR RGB") for key in sets),
+                  "share", "images/s", "minutes"]
+        lines += [f"| source | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
         for row in result["rows"]:
             name = row["source"]
             cells = [ROWS[name].title if name in ROWS else name]
-            cells += [number(row[key], 2 if key.startswith("psnr") else 4) for key in METRICS]
+            cells += [number(row[key], 2 if key.startswith("psnr") else 4)
+                      for key in (*METRICS, *sets)]
             cells += [f"{row['share']:.0%}" if "share" in row else "",
                       f"{row['images_per_s']:.1f}" if "images_per_s" in row else "",
                       f"{row['minutes']:.1f}" if "minutes" in row else ""]
