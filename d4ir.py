@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
-from distill import Crops, DistillConfig, distill, teacher_outputs
+from distill import Crops, DistillConfig, distill, on_disk, teacher_outputs
 from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_images, plot_losses,
                       read_image, report, restore_folder, table, write_csv)
 from models import (Restorer, export_restorer, first_line, load_restorer, load_stable_diffusion,
@@ -145,14 +145,14 @@ def synth_stage(run):
 def distill_stage(run):
     """PKD: trains the student on the teacher's outputs for the synthesized photos."""
     run.release("sd", "clean", "degraded")
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        files = list_images(run.out / "synth")[run.rank::run.ranks]
-        images = list(threads.map(read_image, files))
-    if not images:
+    files = list_images(run.out / "synth")[run.rank::run.ranks]
+    if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
-    crop, targets = run.distill.crop_size(min(images[0].shape[1:])), None
+    images = on_disk(map(read_image, files), run.out / f"images-{run.rank}.tmp")    # (N,3,H,W)
+    crop, targets = run.distill.crop_size(min(images.shape[2:])), None
     if run.distill.keep_teacher:
-        targets = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
+        targets = on_disk(teacher_outputs(run.teacher, images, run.device, run.dtype, files),
+                          run.out / f"outputs-{run.rank}.tmp")
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
     student = run.new_student()
@@ -162,6 +162,8 @@ def distill_stage(run):
         plot_losses(run.out / "log.jsonl", run.out / "losses.png")
         save_restorer(student, run.out / "student.safetensors")
         (run.out / "student.pt").unlink(missing_ok=True)
+    for file in run.out.glob(f"*-{run.rank}.tmp"):
+        file.unlink()
     run.barrier()
 
 

@@ -30,7 +30,7 @@ class DistillConfig:
     batch: int = 16             # crops per update and process
     crop: int = 0               # px; 0: two thirds of the images' side, at most 256
     lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
-    keep_teacher: bool = True   # compute T(x) once per image and cache it; off: for every crop
+    keep_teacher: bool = True   # compute T(x) once per image, on disk; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
 
     def crop_size(self, side):
@@ -138,7 +138,8 @@ class Crops:
     """Endless batches of random crops, mirrored half of the time: x (B,3,crop,crop) uint8, or
     (x, T(x)). Each batch is a deterministic function of seed and step.
 
-    images: list of (3,H,W) uint8. targets: T(x) for each of them, (3,H,W) in [0,1], or None.
+    images: (3,H,W) uint8, a list or a tensor (N,3,H,W). targets: T(x) for each of them, (3,H,W) in
+      [0,1], or None.
     Raises ValueError if an image is smaller than the crop.
     """
 
@@ -174,17 +175,33 @@ class Crops:
 
 @torch.no_grad()
 def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
-    """T(x) for a list of (3,H,W) uint8 images: a list of (3,H,W) float16 in [0,1] on the CPU.
-    Raises ValueError, with the image's entry in `names`, for an output that is not finite."""
-    outputs = []
+    """Yields T(x), (3,H,W) float16 in [0,1] on the CPU, for images (3,H,W) uint8. Raises ValueError,
+    with the image's entry in `names`, for an output that is not finite."""
     for name, image in zip(names or range(len(images)), tqdm(images, "teacher", disable=None)):
         x = to_device(image[None], torch.device(device))
         with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
             y = teacher(x.contiguous(memory_format=torch.channels_last))
         if not y.isfinite().all():
             raise ValueError(f"the teacher's output for image {name} is not finite in {dtype}")
-        outputs.append(y[0].float().clamp(0, 1).half().cpu())
-    return outputs
+        yield y[0].float().clamp(0, 1).half().cpu()
+
+
+def on_disk(images, path):
+    """Writes images (3,H,W) of one size to a file and returns them as one tensor (N,3,H,W) that is
+    mapped to it: their number is not limited by memory. Raises ValueError if there are none or
+    their sizes differ, and OSError if the disk is full."""
+    count, shape = 0, None
+    with open(path, "wb") as file:
+        for count, image in enumerate(images, 1):
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise ValueError(f"images of different sizes: {tuple(shape)} and "
+                                 f"{tuple(image.shape)}")
+            file.write(image.numpy().tobytes())
+    if not count:
+        raise ValueError("there are no images")
+    size = count * image.numel()
+    return torch.from_file(str(path), size=size, dtype=image.dtype).view(count, *shape)
 
 
 def shuffled_epochs(n, first, count, seed):

@@ -604,9 +604,23 @@ class Darker(nn.Module):
         return x * 0.7
 
 
+def test_images_on_disk(tmp_path):
+    images = [torch.rand(3, 8, 12).half() for _ in range(3)]
+    stored = distill.on_disk(iter(images), tmp_path / "a.tmp")
+    assert stored.dtype is torch.float16 and torch.equal(stored, torch.stack(images))
+    assert (tmp_path / "a.tmp").stat().st_size == 3 * 3 * 8 * 12 * 2
+    pixels = [torch.randint(256, (3, 20, 20), dtype=torch.uint8) for _ in range(3)]
+    mapped = distill.Crops(distill.on_disk(pixels, tmp_path / "b.tmp"), 16, 2)
+    assert torch.equal(mapped.batch_at(5), distill.Crops(pixels, 16, 2).batch_at(5))
+    with pytest.raises(ValueError, match=r"different sizes: \(3, 8, 12\) and \(3, 20, 20\)"):
+        distill.on_disk([images[0], pixels[0]], tmp_path / "c.tmp")
+    with pytest.raises(ValueError, match="there are no images"):
+        distill.on_disk([], tmp_path / "c.tmp")
+
+
 def test_distillation_learns_the_teacher_and_resumes(tmp_path):
     images = [(photo(i, 40, 48) * 255).to(torch.uint8) for i in range(4)]
-    targets = distill.teacher_outputs(Darker(), images, "cpu")
+    targets = list(distill.teacher_outputs(Darker(), images, "cpu"))
     checkpoint = tmp_path / "s.pt"
 
     def train(checkpoint=None, steps=40, keep=True, stop=None):
@@ -1746,7 +1760,7 @@ def test_a_non_finite_teacher_output_names_the_image(tmp_path):
         d4ir.distill_stage(run)
     bright = torch.full((3, 8, 8), 9, dtype=torch.uint8)
     with pytest.raises(ValueError, match="image 1 is not finite"):
-        distill.teacher_outputs(lambda x: x / x.amax(), [bright, bright * 0], "cpu")
+        list(distill.teacher_outputs(lambda x: x / x.amax(), [bright, bright * 0], "cpu"))
 
 
 def test_damaged_checkpoints_are_named(sd, tmp_path):

@@ -13,7 +13,7 @@ flags of d4ir.py. Photos are random, adapters and students untrained; neither af
 
 Both sides and the matrix products take turns in one process; seconds are medians of --repeats.
 FLOPs are those of convolutions, matrix products and attention, counted during a call. Peak memory
-(host_gib) is that of a fresh process, including Python and its libraries (about 0.6 GiB).
+(host_gib) is that of a fresh process, without mapped files, which the system may drop at any time.
 """
 import itertools
 import json
@@ -23,6 +23,7 @@ import os
 import re
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -119,10 +120,24 @@ def in_fresh_process(function, *arguments, **named):
 
 
 def with_peak_memory(function, *arguments, **named):
-    import resource                                         # Windows has none
     d4ir.silence_libraries()
-    result = function(*arguments, **named)
-    result["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    kib, finished = [], threading.Event()
+
+    def sample():                                           # Linux only
+        while True:
+            status = Path("/proc/self/status").read_text()
+            kib.append(int(re.search(r"RssAnon:\s*(\d+)", status)[1]))
+            if finished.wait(0.02):
+                return
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        result = function(*arguments, **named)
+    finally:
+        finished.set()
+        sampler.join()
+    result["host_gib"] = max(kib) / 2 ** 20
     if torch.cuda.is_initialized():
         result["gpu_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     return result
@@ -246,7 +261,7 @@ class EncodedEveryStep(CropPairs):
 def distill_step(run):
     """Against decoding PNG files and running the teacher in every step, and float32."""
     config, crop, images = run.distill, run.distill.crop_size(run.size), random_photos(64, run.size)
-    targets = teacher_outputs(run.teacher, images, run.device, run.dtype)
+    targets = list(teacher_outputs(run.teacher, images, run.device, run.dtype))
     ours = distillation(run.new_student(), config, Crops(images, crop, config.batch, targets),
                         run.device, run.dtype)
     alternative = distillation(run.new_student(), config,

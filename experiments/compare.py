@@ -191,7 +191,8 @@ class Bench:
                 run.log(f"--- {name}, seed {seed}")
                 with timed(run.out, f"student-{seed}"):
                     if images is not None and run.distill.keep_teacher and targets is None:
-                        targets = teacher_outputs(run.teacher, images, run.device, run.dtype)
+                        targets = list(teacher_outputs(run.teacher, images, run.device,
+                                                       run.dtype))
                     student, sample = self.train(run, images, targets, seed)
                 save_restorer(student, path)
                 strip(sample, self.crop).save(run.out / "sample.png")
