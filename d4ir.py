@@ -155,7 +155,7 @@ def distill_stage(run):
                           run.out / f"outputs-{run.rank}.tmp")
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
-    student = run.new_student()
+    student = run.new_student(crop)
     distill(run.teacher, student, loader, run.distill, device=run.device, dtype=run.dtype,
             checkpoint=run.out / "student.pt", log=run.log_losses)
     if run.is_main:
@@ -340,6 +340,8 @@ def make_parser():
         help="pad the input of a FILE.py network to a multiple of N px (1)")
     add("--student-width", type=number(int, 1), metavar="N",
         help="channels of the student (half the teacher's; 24 for a FILE.py teacher)")
+    add("--student-block", choices=("residual", "nafnet"), default="residual",
+        help="blocks of the student: nafnet is slower, with fewer parameters (residual)")
     add("--test", type=Path, metavar="DIR", help="paired benchmark folder (the demo's)")
     add("--out", type=Path, metavar="DIR", help="run folder (runs/TASK)")
     add("--restart", action="store_true",
@@ -441,8 +443,9 @@ class Run:
     def pairs(self):
         return find_pairs(self.args.test)
 
-    def new_student(self):
-        return Restorer(self.args.student_width, block="residual")
+    def new_student(self, crop):
+        """An untrained student, for training crops of `crop` px."""
+        return Restorer(self.args.student_width, window=crop, block=self.args.student_block)
 
     @property
     def size(self):
@@ -492,7 +495,7 @@ class Run:
                        photo_size=args.photo_size, adapter_sha256=adapter_sha256)
         synth = dict(clean=absolute(args.clean), photo_size=args.photo_size)
         distill = dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple,
-                       student_width=args.student_width)
+                       student_width=args.student_width, student_block=args.student_block)
         return {"adapter": adapter | asdict(self.adapter), "synth": synth | asdict(self.synth),
                 "distill": distill | asdict(self.distill),
                 "evaluate": dict(test=absolute(args.test), tile=args.tile)}

@@ -175,8 +175,8 @@ class Crops:
 
 @torch.no_grad()
 def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
-    """Yields T(x), (3,H,W) float16 in [0,1] on the CPU, for images (3,H,W) uint8. Raises ValueError,
-    with the image's entry in `names`, for an output that is not finite."""
+    """Yields T(x), (3,H,W) float16 in [0,1] on the CPU, for each image (3,H,W) uint8. Raises
+    ValueError, with the image's entry in `names`, for an output that is not finite."""
     for name, image in zip(names or range(len(images)), tqdm(images, "teacher", disable=None)):
         x = to_device(image[None], torch.device(device))
         with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):

@@ -2248,6 +2248,19 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         assert [row[what] for row in result["values"]] == list(values)
 
 
+@pytest.mark.slow
+def test_export_experiment(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from experiments import export
+    export.main(["--task", "desnow", "--student-width", "4", "--out", str(tmp_path / "run"),
+                 "--results", str(tmp_path), *TINY])
+    rows = json.loads((tmp_path / "export-desnow.json").read_text())["rows"]
+    assert list(rows) == ["teacher", "student", "onnxruntime", "onnxruntime, int8"]
+    assert rows["onnxruntime"]["psnr_rgb"] == pytest.approx(rows["student"]["psnr_rgb"], abs=1e-3)
+    assert all(row["ms at 256x256"] > 0 for row in rows.values())
+
+
 BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2",
          "--adapter-steps", "1", "--distill-batch", "2", "--distill-steps", "1"]
 

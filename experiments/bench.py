@@ -262,9 +262,9 @@ def distill_step(run):
     """Against decoding PNG files and running the teacher in every step, and float32."""
     config, crop, images = run.distill, run.distill.crop_size(run.size), random_photos(64, run.size)
     targets = list(teacher_outputs(run.teacher, images, run.device, run.dtype))
-    ours = distillation(run.new_student(), config, Crops(images, crop, config.batch, targets),
+    ours = distillation(run.new_student(crop), config, Crops(images, crop, config.batch, targets),
                         run.device, run.dtype)
-    alternative = distillation(run.new_student(), config,
+    alternative = distillation(run.new_student(crop), config,
                                DataLoader(PngCrops(images, crop), config.batch, shuffle=True),
                                run.device, torch.float32, run.teacher)
     alternative.settings |= dict(keep_teacher=False, images="PNG files decoded in every step")
@@ -297,7 +297,7 @@ def latency(run, size):
     """The student, as the evaluation loads it from its file, against the teacher: one image."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "student.safetensors")
-        save_restorer(run.new_student(), file)
+        save_restorer(run.new_student(run.distill.crop_size(run.size)), file)
         student = load_restorer(file, run.device)
     return restoration(student, size, run.device), restoration(run.teacher, size, run.device)
 

@@ -205,7 +205,7 @@ class Bench:
     def train(self, run, images, targets, seed):
         """A student of one seed, and sample images (3,H,W) in 0..255 of what it was trained on."""
         torch.manual_seed(seed)
-        student = run.new_student().to(run.device)
+        student = run.new_student(self.crop).to(run.device)
         options = dict(device=run.device, dtype=run.dtype, log=run.log_losses)
         if images is None:
             loader = Adversary(run.teacher, student, self.crop, run.distill.batch, run.device,
