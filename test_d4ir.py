@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -2160,6 +2161,7 @@ def test_compare_reuses_resumes_and_rejects_changed_settings(go_compare, tmp_pat
         share = (psnr["d4ir"] - psnr["input"]) / (psnr["original"] - psnr["input"])
         assert rows["d4ir"]["share"] == pytest.approx(share)
     assert set(rows["d4ir"]["psnr_rgb"]) == {"mean", "std"} and rows["d4ir"]["images_per_s"] > 0
+    assert math.isfinite(rows["d4ir"]["gain"]) and "gain" not in rows["original"]
     assert not (tmp_path / "run/d4ir+web/synth").exists()          # uses the images of d4ir
     page = (tmp_path / "results/compare-desnow.md").read_text()
     assert (tmp_path / "results/compare-desnow.png").exists() and "| D4IR |" in page
@@ -2176,6 +2178,15 @@ def test_compare_reuses_resumes_and_rejects_changed_settings(go_compare, tmp_pat
         go_compare("--distill-lr", "0.01")
     with pytest.raises(ValueError, match="none: no such folder"):
         go_compare("--original", tmp_path / "none")
+
+
+def test_teacher_gain():
+    teacher = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+    nn.init.constant_(teacher.weight, 0.5)
+    run = SimpleNamespace(teacher=teacher, args=SimpleNamespace(seed=0))
+    clean = [torch.full((3, 16, 16), 80, dtype=torch.uint8)]
+    image = torch.full((3, 16, 16), 120, dtype=torch.uint8)         # errors of 40, restored 20
+    assert compare.teacher_gain(run, clean, [image]) == pytest.approx(20 * math.log10(2), abs=1e-4)
 
 
 def test_compare_reports_every_test_set(tmp_path):

@@ -25,12 +25,12 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
 from distill import Crops, distill, teacher_outputs
-from evaluate import DEFINITIONS, METRICS, evaluate, read_image
+from evaluate import DEFINITIONS, METRICS, evaluate, psnr, read_image, restore
 from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
 from models import save_restorer
 from prompt_adapter import AdapterConfig, load_adapter
-from synth import SynthConfig, synthesize_folder
+from synth import SynthConfig, draw_crops, synthesize_folder
 
 
 # ---------------------------------------------------------------- the rows
@@ -156,7 +156,10 @@ class Bench:
             with timed(run.out, "synth"):
                 synthesize_folder(clean, degraded, adapter, run.sd, run.synth, run.out / "synth",
                                   seed=run.args.seed)
-        return [read_image(file) for file in files]
+        images = [read_image(file) for file in files]
+        if not read_gain(run.out):
+            d4ir.write_text(run.out / "gain.json", json.dumps(teacher_gain(run, clean, images)))
+        return images
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, which trains beside the student."""
@@ -218,6 +221,21 @@ class Bench:
         return student, images
 
 
+@torch.no_grad()
+def teacher_gain(run, clean, images):
+    """PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over synthesized images x: how well the
+    teacher restores the clean photos x_c that they were made from.
+
+    It needs only what D4IR has, and is large where x shows weather that the teacher knows: settings
+    can be chosen by it without a test set.
+    """
+    gains = []
+    for i, image in enumerate(images):
+        x, x_c = image / 255, draw_crops(clean, image.shape[-1], run.args.seed, [i], 0)[0]
+        gains.append(psnr(restore(run.teacher, x), x_c) - psnr(x, x_c))
+    return statistics.fmean(gains)
+
+
 @contextmanager
 def timed(folder, name):
     """Adds the seconds of a block to the folder's seconds.json."""
@@ -233,6 +251,12 @@ def timed(folder, name):
 def seconds(folder):
     file = folder / "seconds.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def read_gain(folder):
+    """{"gain": the teacher's gain on the folder's synthesized images}; {} if it has none."""
+    file = folder / "gain.json"
+    return {"gain": json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
 
 
 def strip(images, side, count=8):
@@ -287,7 +311,7 @@ def compare(bench, names, seeds):
                   "note": row.note.format(captions=captions, **asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
-        rows.append({"source": name} | stats)
+        rows.append({"source": name} | stats | read_gain(run.out / name))
     psnr = {row["source"]: row["psnr_rgb"]["mean"] for row in rows}
     if psnr.get("original", 0) > psnr["input"]:
         for row in rows:
@@ -322,10 +346,14 @@ def sweep(bench, what, seeds):
         if what in ("strength", "guidance"):
             images["sd-text"] = lambda: bench.synthesize("sd-text" + suffix, bench.captions(),
                                                          **{what: value})
-        values.append({what: value} | {
+        row = {what: value} | {
             name: summary(bench.students(name + suffix, make, seeds))["psnr_rgb"]
-            for name, make in images.items()})
+            for name, make in images.items()}
+        values.append(row | read_gain(bench.run.out / ("d4ir" + suffix)))
     return values
+
+
+GAIN = "- gain: PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over the synthesized images"
 
 
 def markdown(result):
@@ -337,7 +365,7 @@ def markdown(result):
         sets = [key for key in result["rows"][0] if ", " in key]
         titles = ["PSNR RGB", "SSIM RGB", "PSNR Y", "SSIM Y",
                   *(key.replace("psnr_rgb", "PSNR RGB") for key in sets),
-                  "share", "images/s", "minutes"]
+                  "share", "gain", "images/s", "minutes"]
         lines += [f"| source | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
         for row in result["rows"]:
             name = row["source"]
@@ -345,20 +373,24 @@ def markdown(result):
             cells += [number(row[key], 2 if key.startswith("psnr") else 4)
                       for key in (*METRICS, *sets)]
             cells += [f"{row['share']:.0%}" if "share" in row else "",
+                      f"{row['gain']:.2f}" if "gain" in row else "",
                       f"{row['images_per_s']:.1f}" if "images_per_s" in row else "",
                       f"{row['minutes']:.1f}" if "minutes" in row else ""]
             lines.append(f"| {' | '.join(cells)} |")
         lines += [""] + [f"- {ROWS[row['source']].title}: {row['note']}"
                          for row in result["rows"] if "note" in row]
         lines += ["- share: (student - input) / (student trained on the original data - input), "
-                  "in PSNR RGB"]
+                  "in PSNR RGB", GAIN]
     else:
         what = result["sweep"]
-        columns = [key for key in result["values"][0] if key != what]
+        columns = [key for key in result["values"][0] if key in ROWS]
         titles = " | ".join(f"PSNR RGB, {ROWS[c].title}" for c in columns)
-        lines += [f"| {what} | {titles} |", "|" + "---|" * (1 + len(columns))]
-        lines += [f"| {row[what]:g} | {' | '.join(number(row[c], 2) for c in columns)} |"
-                  for row in result["values"]]
+        lines += [f"| {what} | {titles} | gain, D4IR |", "|" + "---|" * (2 + len(columns))]
+        for row in result["values"]:
+            cells = [f"{row[what]:g}", *(number(row[column], 2) for column in columns),
+                     f"{row['gain']:.2f}" if "gain" in row else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", GAIN]
     lines += ["", f"{DEFINITIONS}. Mean and standard deviation over the students' seeds; adapters "
               f"and images have seed {result['seed']}. `{result['command']}`, "
               f"{result['machine']}, {result['date']}."]
