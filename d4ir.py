@@ -42,8 +42,8 @@ from tqdm import tqdm
 from distill import Crops, DistillConfig, distill, on_disk, teacher_outputs
 from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_images, plot_losses,
                       read_image, report, restore_folder, table, write_csv)
-from models import (Restorer, export_restorer, first_line, load_restorer, load_stable_diffusion,
-                    save_restorer)
+from models import (Restorer, export_restorer, first_line, has_bf16, load_restorer,
+                    load_stable_diffusion, save_restorer)
 from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, save_adapter,
                             train_adapter)
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
@@ -514,12 +514,6 @@ def choose_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def has_bf16(device):
-    """Whether a device computes bf16 in hardware."""
-    cpu = torch.cpu.get_capabilities()
-    return device.type != "cpu" or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def absolute(path):

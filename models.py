@@ -524,6 +524,12 @@ def find_prefix(state, expected):
     return max(matches, key=matches.get)
 
 
+def has_bf16(device):
+    """Whether a device computes bf16 in hardware; a CPU without it takes ten times as long."""
+    cpu = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def first_line(error):
     """The first line of an exception's message, or its type if it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -33,7 +33,7 @@ from demo import WEIGHTS
 from demo.photos import Photo, ignore_signals, render_photo
 from demo.weather import AMOUNTS, CLEAR, KINDS, to_pil
 from evaluate import plot_losses
-from models import Restorer, save_restorer
+from models import Restorer, has_bf16, save_restorer
 
 STAGES = ("vae", "unet", "teacher")
 
@@ -73,7 +73,8 @@ def pretrain(config, work, weights, device, stages=STAGES):
     """
     work.mkdir(parents=True, exist_ok=True)
     weights.mkdir(parents=True, exist_ok=True)
-    autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16)
+    device = torch.device(device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16(device))
     if "vae" in stages or "unet" in stages:
         vae, seconds = train_vae(config, work, device, autocast)
         print(f"VAE: {seconds / 60:.0f} minutes")
