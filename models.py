@@ -525,7 +525,7 @@ def find_prefix(state, expected):
 
 
 def has_bf16(device):
-    """Whether a device computes bf16 in hardware; a CPU without it takes ten times as long."""
+    """Whether a device computes bf16 in hardware; emulated bf16 is slower than float32."""
     cpu = torch.cpu.get_capabilities()
     return device.type != "cpu" or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 

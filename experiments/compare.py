@@ -383,9 +383,10 @@ def markdown(result):
                   "in PSNR RGB", GAIN]
     else:
         what = result["sweep"]
-        columns = [key for key in result["values"][0] if key in ROWS]
-        titles = " | ".join(f"PSNR RGB, {ROWS[c].title}" for c in columns)
-        lines += [f"| {what} | {titles} | gain, D4IR |", "|" + "---|" * (2 + len(columns))]
+        columns = {key: f"PSNR RGB, {ROWS[key].title}" for key in result["values"][0]
+                   if key in ROWS}
+        lines += [f"| {what} | {' | '.join(columns.values())} | gain, D4IR |",
+                  "|---" * (2 + len(columns)) + "|"]
         for row in result["values"]:
             cells = [f"{row[what]:g}", *(number(row[column], 2) for column in columns),
                      f"{row['gain']:.2f}" if "gain" in row else ""]
