@@ -187,8 +187,8 @@ def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
 
 
 def on_disk(images, path):
-    """Writes images (3,H,W) of one size to a file and returns them as one tensor (N,3,H,W) that is
-    mapped to it: their number is not limited by memory. Raises ValueError if there are none or
+    """Writes images (3,H,W) of one size to a file and returns them as one memory-mapped tensor
+    (N,3,H,W), so that memory does not limit their number. Raises ValueError if there are none or
     their sizes differ, and OSError if the disk is full."""
     count, shape = 0, None
     with open(path, "wb") as file:

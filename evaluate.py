@@ -418,9 +418,7 @@ def report(models, results, pairs):
     models: {name: module}, with None for "input"; "teacher" and "student" are needed.
     results: {name: what `evaluate` returned} for the same names. pairs: list of Pair.
     """
-    sets = {}                                              # {name: numbers of its pairs}
-    for i, pair in enumerate(pairs):
-        sets.setdefault(pair.set, []).append(i)
+    sets = group_by_set(pairs)
     costs = {name: cost(model) for name, model in models.items() if model is not None}
     metrics = {"test_set": " + ".join(sets), "n_images": len(pairs)}
     for name, result in results.items():
@@ -439,6 +437,14 @@ def report(models, results, pairs):
     if cropped:
         metrics["note"] = f"The truths of {cropped} photos were larger and were centre-cropped."
     return metrics
+
+
+def group_by_set(pairs):
+    """{name of a test set: numbers of its pairs} of a list of Pair."""
+    sets = {}
+    for i, pair in enumerate(pairs):
+        sets.setdefault(pair.set, []).append(i)
+    return sets
 
 
 def table(metrics):

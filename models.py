@@ -37,8 +37,8 @@ class LayerNorm2d(nn.LayerNorm):
 class ResidualBlock(nn.Module):
     """x + conv(relu(conv(x))), without norm, as in EDSR (Lim et al. 2017).
 
-    The student's block. Per multiply-add it reads and writes far less memory than `NAFBlock`, whose
-    layer norms, depthwise convolutions and means leave a CPU waiting for memory.
+    The student's block. It moves far less memory per multiply-add than `NAFBlock`, whose layer
+    norms, depthwise convolutions and means are memory-bound.
     """
 
     def __init__(self, c):
@@ -92,7 +92,7 @@ def local_mean(x, window):
 
 
 class Restorer(nn.Module):
-    """A U-Net with a global residual, NAFNet-style (Chen et al. 2022) with its own blocks.
+    """A NAFNet-style U-Net with a global residual (Chen et al. 2022).
 
     It runs on 2x2 px blocks as channels (pixel unshuffle), about four times as fast as on single
     pixels. The architecture is our choice: we do not know the paper's networks.
@@ -102,7 +102,7 @@ class Restorer(nn.Module):
     window: side of the training crops, px. In eval mode, the channel attention of "nafnet" averages
       over an area of this size instead of the whole photo (Chu et al. 2022), as in training; tiles
       and whole photos then agree. 0: over the whole photo.
-    block: "nafnet" or "residual".
+    block: "nafnet" (`NAFBlock`) or "residual" (`ResidualBlock`).
     Raises ValueError for another block, or if encoder and decoder have different numbers of levels.
     """
 

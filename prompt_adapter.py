@@ -405,7 +405,8 @@ def load_adapter(path, device="cpu"):
     files."""
     try:
         with safe_open(path, "pt") as file:
-            state = {k: file.get_tensor(k) for k in file.keys()}
+            # Cloned into aligned memory: otherwise, kernels may round differently than in training.
+            state = {k: file.get_tensor(k).clone() for k in file.keys()}
             config = json.loads((file.metadata() or {})["adapter"])
         with torch.device("meta"):                          # no memory before the sizes are checked
             adapter = PromptAdapter(**config)

@@ -333,9 +333,8 @@ def test_adapter_file(tmp_path, centered):
     adapter(torch.stack([photo(i, 48, 48) for i in range(4)]))     # moves the running statistics
     adapter.eval()
     prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
-    loaded, x = prompt_adapter.load_adapter(tmp_path / "a.safetensors"), photo(1, 50, 70)[None]
-    torch.testing.assert_close(loaded.state_dict(), adapter.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(loaded(x), adapter(x), rtol=0, atol=1e-5)    # kernels may differ
+    x = photo(1, 50, 70)[None]
+    assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(x), adapter(x))
     assert adapter(x).shape == (1, 4, 32)
     (tmp_path / "b").write_bytes(b"no")
     with pytest.raises(ValueError, match="b: not an adapter"):
@@ -2257,19 +2256,6 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         compare.main([*map(str, command), "--sweep", what])
         result = json.loads((tmp_path / f"{what}-all.json").read_text())
         assert [row[what] for row in result["values"]] == list(values)
-
-
-@pytest.mark.slow
-def test_export_experiment(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    from experiments import export
-    export.main(["--task", "desnow", "--student-width", "4", "--out", str(tmp_path / "run"),
-                 "--results", str(tmp_path), *TINY])
-    rows = json.loads((tmp_path / "export-desnow.json").read_text())["rows"]
-    assert list(rows) == ["teacher", "student", "onnxruntime", "onnxruntime, int8"]
-    assert rows["onnxruntime"]["psnr_rgb"] == pytest.approx(rows["student"]["psnr_rgb"], abs=1e-3)
-    assert all(row["ms at 256x256"] > 0 for row in rows.values())
 
 
 BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2",

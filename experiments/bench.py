@@ -13,7 +13,7 @@ flags of d4ir.py. Photos are random, adapters and students untrained; neither af
 
 Both sides and the matrix products take turns in one process; seconds are medians of --repeats.
 FLOPs are those of convolutions, matrix products and attention, counted during a call. Peak memory
-(host_gib) is that of a fresh process, without mapped files, which the system may drop at any time.
+(host_gib) is that of a fresh process, without memory-mapped files, which the system can evict.
 """
 import itertools
 import json

@@ -25,7 +25,8 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
 from distill import Crops, distill, teacher_outputs
-from evaluate import DEFINITIONS, METRICS, evaluate, psnr, read_image, restore
+from evaluate import (DEFINITIONS, METRICS, evaluate, group_by_set, means, psnr, read_image,
+                      restore)
 from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
 from models import save_restorer
@@ -89,8 +90,8 @@ ROWS = {
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
                         "no-negative", "no-base", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
-          "steps": (1, 2, 4, 6, 10, 20),
-          "photos": (8, 32, 128, 512), "images": (32, 64, 128, 256, 512, 1024)}
+          "steps": (1, 2, 4, 6, 10, 20), "photos": (8, 32, 128, 512),
+          "images": (32, 64, 128, 256, 512, 1024)}
 
 
 class Captions:
@@ -271,12 +272,10 @@ def strip(images, side, count=8):
 
 def test_metrics(result, pairs):
     """The four metrics and, with several test sets, PSNR RGB of each: {"psnr_rgb, SET": ...}."""
-    sets = {}
-    for pair, image in zip(pairs, result["images"]):
-        sets.setdefault(f"psnr_rgb, {pair.set}", []).append(image["psnr_rgb"])
-    metrics = {key: result[key] for key in METRICS}
+    metrics, sets = {key: result[key] for key in METRICS}, group_by_set(pairs)
     if len(sets) > 1:
-        metrics |= {name: statistics.fmean(values) for name, values in sets.items()}
+        metrics |= {f"psnr_rgb, {name}": means([result["images"][i] for i in chosen])["psnr_rgb"]
+                    for name, chosen in sets.items()}
     return metrics
 
 
