@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -117,6 +118,17 @@ def in_fresh_process(function, *arguments, **named):
             return pool.submit(with_peak_memory, function, *arguments, **named).result()
         except (torch.OutOfMemoryError, BrokenProcessPool):
             return None
+
+
+def in_this_process(function, *arguments, **named):
+    """The same on a GPU, without the seconds that a new process takes."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        result = function(*arguments, **named)
+    except torch.OutOfMemoryError:
+        return None
+    return result | dict(gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
 
 
 def with_peak_memory(function, *arguments, **named):
@@ -375,7 +387,7 @@ TEXT = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidde
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 SIZES = (256, 512)
-BATCHES = {"adapter": (2, 4, 8, 16), "synth": (1, 2, 4, 8, 16), "distill": (1, 2, 4, 8, 16)}
+BATCHES = {"adapter": (2, 4, 8, 16, 32), "synth": (1, 2, 4, 8, 16), "distill": (1, 2, 4, 8, 16)}
 # The recommended run: adapter steps of 16 photos, images, distillation steps of 16 crops.
 RECOMMENDED = {"adapter": 3000, "synth": 4000, "distill": 60000}
 # For computed hours: NVIDIA's dense bf16 TFLOP/s with fp32 accumulation, the share of it that a
@@ -389,6 +401,7 @@ FIXED_GIB, PHOTO_GIB = 2.6, 0.69
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 
 
+@cache
 def random_sd(device, dtype):
     """A Stable Diffusion with the shape of 1.5 and random weights; every text has the same ids."""
     with torch.device("meta"):                              # no memory for weights in float32
@@ -408,14 +421,18 @@ def random_sd(device, dtype):
 
 def sd_size(run, limit):
     """Measured cells, and what follows for the recommended run and for common cards."""
-    cells, stopped = [], []
+    cells, stopped, measured = [], [], in_fresh_process
+    if run.device.type == "cuda":
+        measured = in_this_process
+        measured(sd_cell, "adapter", 256, 2, None, run.device, run.dtype)       # warm-up
     for stage, size in itertools.product(BATCHES, SIZES):
         for batch in BATCHES[stage]:
             start = time.time()
-            cell = in_fresh_process(sd_cell, stage, size, batch, run.args.student_width,
-                                    run.device, run.dtype)
+            cell = measured(sd_cell, stage, size, batch, run.args.student_width, run.device,
+                            run.dtype)
             if cell:
                 cells.append(dict(stage=stage, size=size, batch=batch) | cell)
+                run.log(str(cells[-1]))
             reason = reason_to_stop(cell, time.time() - start, run.device, limit)
             if reason:
                 stopped.append(dict(stage=stage, size=size, batch=batch, reason=reason))
@@ -439,7 +456,7 @@ def reason_to_stop(cell, seconds, device, limit):
 
 def sd_cell(stage, size, batch, width, device, dtype):
     """Seconds and TFLOP of an adapter step, an image or a distillation step."""
-    steps, photos = 10 if device.type == "cuda" else 2, random_photos(batch, size)
+    steps, photos = 4 if device.type == "cuda" else 2, random_photos(batch, size)
     if stage == "adapter":
         sd, config = random_sd(device, dtype), AdapterConfig(batch=batch, steps=steps)
         side = adapter_training(sd, config, CropPairs(photos, sd, size, batch))
@@ -447,7 +464,8 @@ def sd_cell(stage, size, batch, width, device, dtype):
         sd, config = random_sd(device, dtype), SynthConfig(batch=batch)
         side = synthesis(sd, config, size, untrained_adapter(sd, AdapterConfig()))
     else:
-        config = DistillConfig(batch=batch, steps=steps)
+        random_sd.cache_clear()
+        config = DistillConfig(batch=batch, steps=10)
         crop, targets = config.crop_size(size), [(photo / 255).half() for photo in photos]
         side = distillation(Restorer(width, block="residual"), config,
                             Crops(photos, crop, batch, targets), device, dtype)
@@ -480,7 +498,7 @@ def memory(cells):
     """The largest batch that fits each card (0: none), from GiB = fixed + per_sample * batch."""
     rows = []
     for stage, size in itertools.product(BATCHES, SIZES):
-        gib = {cell["batch"]: cell.get("gpu_gib", cell["host_gib"]) for cell in cells
+        gib = {cell["batch"]: cell.get("gpu_gib") or cell["host_gib"] for cell in cells
                if (cell["stage"], cell["size"]) == (stage, size)}
         if len(gib) > 1:
             first, last = min(gib), max(gib)
