@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -43,11 +42,10 @@ from tqdm import tqdm
 from distill import Crops, DistillConfig, distill, on_disk, teacher_outputs
 from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_images, plot_losses,
                       read_image, report, restore_folder, table, write_csv)
-from evaluate import restore as restore_photo
 from models import (Restorer, export_restorer, first_line, has_bf16, load_restorer,
                     load_stable_diffusion, save_restorer)
-from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter,
-                            residuals, save_adapter, text_span, train_adapter)
+from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, save_adapter,
+                            train_adapter)
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
 
 try:
@@ -63,32 +61,19 @@ except ImportError:                     # the method works without demo/
 @dataclass(frozen=True)
 class Task:
     """Task-specific settings. All values are our choice."""
-    captions: tuple                     # plain; addition span: prompts start at their mean
+    captions: tuple                     # baseline prompts; addition caption_base: their mean
     weather: tuple                      # kinds of weather in the demo's photos
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
     demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
-    phrases: tuple = ()                 # addition span: see `combinations`
 
-    def combinations(self):
-        """Captions with one phrase of each group, in all combinations."""
-        return [", ".join(words) for groups in self.phrases for words in product(*groups)]
-
-
-SLANTS = "falling straight", "blown to the left", "blown to the right"
-RAIN = (("a photo in light rain", "a photo in moderate rain", "a photo in heavy rain"),
-        ("short streaks", "medium streaks", "long streaks"), ("faint", "clear", "bright"), SLANTS)
-SNOW = (("a photo in light snow", "a photo in moderate snow", "a photo in heavy snow"),
-        ("small flakes", "medium flakes", "large flakes"), SLANTS)
-HAZE = (("a photo in light haze", "a photo in moderate haze", "a photo in heavy haze"),
-        ("dark air", "grey air", "bright air"))
 
 TASKS = {
-    "derain": Task(("a photo in rain",), ("rain",), phrases=(RAIN,)),
-    "dehaze": Task(("a photo in haze",), ("haze",), dict(guidance=8.0), demo_additions=False,
-                   phrases=(HAZE,)),
-    "desnow": Task(("a photo in snow",), ("snow",), phrases=(SNOW,)),
-    "all": Task(("a photo in rain", "a photo in haze", "a photo in snow"),
-                ("haze", "rain", "snow"), dict(distill_steps=4500), phrases=(RAIN, HAZE, SNOW)),
+    "derain": Task(("a photo in heavy rain",), ("rain",)),
+    "dehaze": Task(("a photo in heavy haze",), ("haze",), dict(guidance=8.0),
+                   demo_additions=False),
+    "desnow": Task(("a photo in heavy snow",), ("snow",)),
+    "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
+                ("haze", "rain", "snow"), dict(distill_steps=4500)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Files of each stage in the run folder; the first one exists once the stage is finished.
@@ -130,11 +115,8 @@ def adapter_stage(run):
     else:
         torch.manual_seed(run.args.seed)
         base = base_prompt(run)
-        span = caption_span(run) if config.span else None           # addition
-        adapter = PromptAdapter(sd.width, base.shape[1], base=base, span=span,
-                                residual=config.residual)
-        loader = CropPairs(run.degraded, sd, config.crop or run.size, config.batch, seed,
-                           inputs=run.adapter_inputs(adapter))
+        adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
+        loader = CropPairs(run.degraded, sd, run.size, config.batch, seed)
         train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
                       log=run.log_losses)
     if run.is_main:
@@ -146,9 +128,8 @@ def adapter_stage(run):
 
 def synth_stage(run):
     """CCD: synthesizes degraded photos from clean ones with those prompts."""
-    adapter = load_adapter(run.out / "adapter.safetensors", run.device)
-    folder = run.out / "synth"
-    synthesize_folder(run.clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth, folder,
+    adapter, folder = load_adapter(run.out / "adapter.safetensors", run.device), run.out / "synth"
+    synthesize_folder(run.clean, run.degraded, adapter, run.sd, run.synth, folder,
                       seed=run.args.seed, rank=run.rank, ranks=run.ranks)
     run.barrier()
     if run.is_main:
@@ -163,7 +144,7 @@ def synth_stage(run):
 
 def distill_stage(run):
     """PKD: trains the student on the teacher's outputs for the synthesized photos."""
-    run.release("sd", "clean", "degraded", "residuals")
+    run.release("sd", "clean", "degraded")
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
@@ -214,15 +195,8 @@ STAGES = {"adapter": adapter_stage, "synth": synth_stage, "distill": distill_sta
 
 def base_prompt(run):
     """The prompt (1,N,d) of an untrained adapter: the null prompt; addition: the captions' mean."""
-    texts = list(TASKS[run.args.task].captions) if run.adapter.span else [""]
+    texts = list(TASKS[run.args.task].captions) if run.adapter.caption_base else [""]
     return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
-
-
-def caption_span(run):
-    """Addition `span`: the main directions (K,N,d) among captions of the task's weather."""
-    task = TASKS[run.args.task]
-    captions = [*task.captions, *task.combinations()]
-    return text_span(run.sd.text_prompt(captions, run.adapter.tokens), run.adapter.span)
 
 
 def adapter_figure(run, adapter):
@@ -230,15 +204,14 @@ def adapter_figure(run, adapter):
     prompts of several degraded photos."""
     seed = run.args.seed
     degraded = draw_crops(run.degraded, run.size, seed, range(5), 1)            # (5,3,H,W)
-    inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, range(5), 1)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
 
     def images(prompter):
-        return [synthesize_photos(clean, x[None], prompter, run.sd, run.synth,
-                                  torch.Generator().manual_seed(seed))[0] for x in inputs]
+        return [synthesize_photos(clean, x_d[None], prompter, run.sd, run.synth,
+                                 torch.Generator().manual_seed(seed))[0] for x_d in degraded]
 
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
-            "from the base prompt": images(lambda x: adapter.base),
+            "from the base prompt": images(lambda x_d: adapter.base),
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
 
 
@@ -467,14 +440,6 @@ class Run:
         return load_photos(self.args.degraded, self.size, self, "--degraded")
 
     @cached_property
-    def residuals(self):
-        return residuals(self.degraded, lambda x: restore_photo(self.teacher, x, self.args.tile))
-
-    def adapter_inputs(self, adapter):
-        """What an adapter sees: degraded photos; addition: what the teacher removes from them."""
-        return self.residuals if adapter.config["residual"] else self.degraded
-
-    @cached_property
     def pairs(self):
         return find_pairs(self.args.test)
 
@@ -528,8 +493,6 @@ class Run:
         adapter = dict(task=args.task, precision=args.precision, seed=args.seed,
                        sd=absolute(args.sd), degraded=absolute(args.degraded), size=args.size,
                        photo_size=args.photo_size, adapter_sha256=adapter_sha256)
-        if self.adapter.residual or args.adapter_file:
-            adapter["teacher"] = absolute(args.teacher)
         synth = dict(clean=absolute(args.clean), photo_size=args.photo_size)
         distill = dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple,
                        student_width=args.student_width, student_block=args.student_block)
@@ -611,15 +574,12 @@ def check_diffusion(run):
     args, sd, size = run.args, run.sd, run.size
     choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
     sd.null_prompt(args.tokens)
-    for flag, side in (("--size", size), ("--adapter-crop", args.adapter_crop)):
-        if side % (8 * sd.factor):
-            raise ValueError(f"{flag} must be a multiple of {8 * sd.factor} px, not {side}")
+    if size % (8 * sd.factor):
+        raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not {size}")
     if args.photo_size < size:
         raise ValueError(f"--photo-size {args.photo_size} is smaller than the images, {size} px")
-    for name in ("distill_crop", "adapter_crop"):
-        side = getattr(args, name)
-        if side > size:
-            raise ValueError(f"{to_flag(name)} {side} is larger than the images, {size} px")
+    if args.distill_crop > size:
+        raise ValueError(f"--distill-crop {args.distill_crop} is larger than the images, {size} px")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1

@@ -9,13 +9,14 @@ P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
 z_t      z_t           (B,C,h,w), latents of crop a with noise of level t in 0..T-1
 eps      noise         (B,C,h,w), standard normal
 abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffusion
-q, k     query, key    (B,D), unit length: embeddings of crops a and b
+q, k     query, key    (B,D), unit length: embeddings of the two crops, k by the momentum encoder
 tau      temperature   scalar
 
-Contrastive pairs: two crops of one photo share its degradation (positive); the crops b of the
-other photos in the batch are the negatives. InfoNCE is our choice of contrastive loss. Our
-additions are marked.
+Contrastive pairs: two crops of one photo share its degradation (positive); crops of other photos
+are the negatives, held in a queue. InfoNCE, queue and momentum encoder (MoCo, He et al. 2020) are
+our choice of a contrastive loss. Additions of ours are marked.
 """
+import copy
 import io
 import json
 import math
@@ -36,29 +37,32 @@ from tqdm import tqdm
 
 @dataclass
 class AdapterConfig:
-    """DPA settings. All values are our choice, meant for Stable Diffusion 1.x/2.x; untested."""
+    """DPA settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     tokens: int = 0             # N, tokens per prompt; 0: as many as the text encoder's
     steps: int = 3000           # updates
     batch: int = 16             # photos per update and process, two crops of each
-    crop: int = 0               # px, side of the crops; 0: the size of the Stable Diffusion
     lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
-    temperature: float = 0.1    # tau (SimCLR: 0.1)
+    temperature: float = 0.2    # tau (MoCo v2: 0.2)
+    queue: int = 512            # number of negatives
+    momentum: float = 0.99      # of the key encoder (MoCo: 0.999, for longer schedules)
     save_every: int = 50        # updates between reports, which also write a checkpoint
-    residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
-    weather_weight: float = 0.0  # addition: a pixel's diffusion loss counts 1 + this * |residual|
+    t_max: float = 1.0          # addition: train on noise levels below t_max * T only; off: 1
+    jitter: float = 0.0         # addition: random contrast and tint of the adapter's input; off: 0
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
-    span: int = 0               # addition: K, prompts combine K directions between captions
+    caption_base: bool = False  # addition: prompts are centred on a caption's embedding
 
-    ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False, "span": 0}
+    ADDITIONS = {"t_max": 1.0, "jitter": 0.0, "cross_crop": False, "caption_base": False}
 
     def __post_init__(self):
         if self.batch < 2:
             raise ValueError(f"the adapter's batch must be at least 2, not {self.batch}")
+        if self.queue < self.batch:
+            raise ValueError(f"the queue ({self.queue}) must hold a batch ({self.batch})")
+        if not 0 < self.t_max <= 1:
+            raise ValueError(f"t_max must be in (0, 1], not {self.t_max}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
-        if self.weather_weight and not self.residual:
-            raise ValueError("weather_weight needs residual: also set weather_weight to 0")
 
     def active_additions(self):
         """Names of the additions that are switched on."""
@@ -71,54 +75,43 @@ class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
     Three convolutional scales, each summarised by the mean and standard deviation of its features
-    over the photo, because degradation is roughly uniform and content is not. These statistics are
-    standardised, and an MLP turns them into prompts and embeddings.
+    over the photo, because degradation is roughly uniform and content is not. Then an MLP.
 
-    width: d. tokens: N. channels: c, of the first convolution. embedding: D. base: (1,N,d), the
-    prompt that an untrained adapter gives for every photo (zeros). residual: addition; the input
-    must then be what `residuals` makes of x_d (not checked). span: addition, (K,N,d), see
-    `text_span`; then P = base + sum_k c_k span_k. directions: K, only for `load_adapter`, which
-    fills the span. Raises ValueError for a base of another shape.
+    width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
+    an untrained adapter gives for every photo (zeros). centered: addition, see `centering`.
+    Raises ValueError for a base of another shape.
     """
 
-    def __init__(self, width, tokens, channels=16, embedding=128, base=None, residual=False,
-                 span=None, directions=0):
+    def __init__(self, width, tokens, channels=32, embedding=128, base=None, centered=False):
         super().__init__()
-        directions = directions if span is None else len(span)
         self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
-                           residual=residual, directions=directions)
+                           centered=centered)
         base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
         if base.shape != (1, tokens, width):
             raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}")
         c, hidden = channels, 16 * channels
         self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                      downsample(4 * c, 4 * c, 8 * c)])
-        self.mix = nn.Sequential(nn.BatchNorm1d(28 * c, affine=False), nn.Linear(28 * c, hidden),
-                                 nn.SiLU())
-        self.to_prompts = nn.Linear(hidden, directions or tokens * width)
+        self.mix = nn.Sequential(nn.LayerNorm(28 * c), nn.Linear(28 * c, hidden), nn.SiLU())
+        self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
+                                        centering(hidden) if centered else nn.Identity(),
+                                        nn.Linear(hidden, tokens * width, bias=not centered))
         self.to_embedding = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                           nn.Linear(hidden, embedding))
         self.register_buffer("base", base)
-        if directions:                                              # addition
-            span = torch.zeros(directions, tokens, width) if span is None else span
-            self.register_buffer("span", span.detach().clone())
-        nn.init.zeros_(self.to_prompts.weight)                      # starts at the base
-        nn.init.zeros_(self.to_prompts.bias)
+        for parameter in self.to_prompts[-1].parameters():
+            nn.init.zeros_(parameter)                               # starts at the base
 
     def forward(self, degraded, with_embedding=False):
         """Prompts (B,N,d) of photos (B,3,H,W) in [0,1] of at least 8 px; on request also their
         embeddings (B,D) of unit length, which the contrastive loss compares."""
-        gain = 16 if self.config["residual"] else 4                 # about unit variance
-        x, statistics = gain * (degraded - 0.5), []
+        x, statistics = degraded * 4 - 2, []                        # about unit variance
         for scale in self.scales:
             x = scale(x)                                            # (B,c',H/2,W/2), /4, /8
             flat = x.flatten(2).float()                             # (B,c',HW)
             statistics += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(statistics, 1))               # (B,16c)
-        change = self.to_prompts(features).float()                  # (B,Nd), or (B,K)
-        if self.config["directions"]:                               # addition
-            change = change @ self.span.flatten(1)                  # (B,Nd)
-        prompts = self.base + change.unflatten(1, self.base.shape[1:])
+        prompts = self.base + self.to_prompts(features).float().unflatten(1, self.base.shape[1:])
         if with_embedding:
             return prompts, F.normalize(self.to_embedding(features).float(), dim=1)
         return prompts
@@ -131,11 +124,11 @@ def downsample(inner, middle, outer):
 
 
 def info_nce(query, key, queue, temperature, ignore=None):
-    """InfoNCE (van den Oord et al. 2018) with a queue of negatives n_j, here those of the batch:
+    """InfoNCE (van den Oord et al. 2018) with a queue of negatives n_j (MoCo, He et al. 2020):
     mean over B of -log( exp(q.k / tau) / (exp(q.k / tau) + sum_j exp(q.n_j / tau)) ).
 
-    query, key: (B,D), unit length. queue: (K,D), unit length, the negatives. temperature: tau.
-    ignore: (B,K) bool, negatives to exclude (crops of the query's own photo).
+    query, key: (B,D), unit length. queue: (K,D), unit length. temperature: tau.
+    ignore: (B,K) bool, queue entries to exclude (crops of the query's own photo).
     Returns a scalar. Raises ValueError if the shapes do not fit.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
@@ -150,13 +143,12 @@ def info_nce(query, key, queue, temperature, ignore=None):
     return F.cross_entropy(logits, target)                          # class 0: the positive
 
 
-def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
+def diffusion_loss(sd, z_0, prompts, t, noise):
     """||target - eps_theta(z_t, t, P)||^2, mean over all elements.
 
     The target is what the U-Net was trained to predict: eps (Ho et al. 2020), or
     v = sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho 2022).
-    z_0, noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. weight: addition, (B,1,h,w), of each
-    element. Returns a scalar.
+    z_0, noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. Returns a scalar.
     """
     abar = sd.alphas_cumprod.to(z_0.device)[t].view(-1, 1, 1, 1)
     z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
@@ -164,8 +156,7 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
         target = noise
     else:
         target = abar.sqrt() * noise - (1 - abar).sqrt() * z_0
-    error = (sd.predict_noise(z_t, t, prompts).float() - target).square()       # (B,C,h,w)
-    return error.mean() if weight is None else (weight * error).mean()
+    return F.mse_loss(sd.predict_noise(z_t, t, prompts), target)
 
 
 # ---------------------------------------------------------------- training
@@ -177,33 +168,35 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
       prediction_type, device and dtype.
     loader: batches (z_0 (B,C,h,w), a and b (B,3,H,W) uint8 or float in [0,1], photo numbers (B,)),
       repeated until `config.steps` updates are done; see `CropPairs`.
-    config: `residual` and `span` describe the adapter and must agree with it; the loader then cuts
-      a and b from what `residuals` returns.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
-    its own batches and negatives. Raises ValueError for an empty loader, or for losses or weights
-    that are not finite.
+    its own batches, and the queue holds the keys of all. Raises ValueError for an empty loader, or
+    for losses or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
-    own = adapter.config["residual"], bool(adapter.config["directions"])
-    if own != (config.residual, bool(config.span)):
-        raise ValueError("the adapter and its config differ in residual or span")
     device = sd.device
     sd.unet.requires_grad_(False)
     adapter.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01)
+    key_encoder = copy.deepcopy(adapter).requires_grad_(False)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=sd.dtype is torch.float16)
-    generator = torch.Generator(device)
-    parts, start, report = dict(adapter=adapter, optimizer=optimizer, scaler=scaler), 0, {}
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = config.queue, adapter.config["embedding"]
+    queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (K,D)
+    queue_photo = torch.full((config.queue,), -1, device=device)    # (K,), photo of each negative
+    t_end = max(1, round(config.t_max * len(sd.alphas_cumprod)))    # addition, if t_max < 1
+    start, report = 0, {}
+    parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
         state = load_state(checkpoint, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        start = state["step"]
+        queue, queue_photo, start = state["queue"], state["queue_photo"], state["step"]
     distributed = dist.is_initialized()
+    if distributed:
+        dist.broadcast(queue, 0)                                    # one queue for all processes
     is_main = not distributed or dist.get_rank() == 0
     model = nn.parallel.DistributedDataParallel(adapter) if distributed else adapter
     bar = tqdm(total=config.steps, initial=start, desc="adapter", unit="step",
@@ -214,25 +207,23 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Batch: two crops of each photo, and the latents of crop a.
         z_0, a, b, photo = (to_device(x, device) for x in batch)
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
-        t = torch.randint(len(sd.alphas_cumprod), (len(a),), generator=generator, device=device)
+        t = torch.randint(t_end, (len(a),), generator=generator, device=device)
         noise = torch.randn(z_0.shape, generator=generator, device=device)
+        query_crop, key_crop = (b, a) if config.cross_crop else (a, b)      # addition
+        if config.jitter:                                           # addition
+            query_crop, key_crop = (jitter(x, config.jitter, generator)
+                                    for x in (query_crop, key_crop))
 
         # Forward.
         with torch.autocast(device.type, sd.dtype, enabled=sd.dtype is not torch.float32):
-            prompts, embeddings = model(torch.cat([a, b]), with_embedding=True)
-        query, key = embeddings.chunk(2)                            # (B,D) each
-        prompts_a, prompts_b = prompts.chunk(2)                     # (B,N,d) each
+            prompts, query = model(query_crop, with_embedding=True)
+            with torch.no_grad():
+                _, key = key_encoder(key_crop, with_embedding=True)
 
         # Losses.
-        same_photo = photo[:, None] == photo                        # (B,B)
-        # The negatives are the keys of the other photos.
-        contrastive = info_nce(query, key, key, config.temperature, ignore=same_photo)
-        prompts, weight = prompts_a, None                           # the paper's method
-        if config.cross_crop:                                       # addition
-            prompts = prompts_b
-        if config.weather_weight:                                   # addition
-            weight = weather_weight(a, z_0, config.weather_weight)
-        diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)
+        same_photo = photo[:, None] == queue_photo                  # (B,K)
+        contrastive = info_nce(query, key, queue, config.temperature, ignore=same_photo)
+        diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise)
         loss = diffusion + config.contrast * contrastive
 
         # Backward and update.
@@ -244,6 +235,15 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
+
+        # Momentum encoder and queue.
+        with torch.no_grad():
+            for k, q in zip(key_encoder.parameters(), adapter.parameters()):
+                k.lerp_(q, 1 - config.momentum)
+            if distributed:
+                key, photo = gather(key), gather(photo)
+            queue = torch.cat([key, queue])[:config.queue]          # newest first
+            queue_photo = torch.cat([photo, queue_photo])[:config.queue]
 
         # Report.
         sums += torch.stack([diffusion.detach(), contrastive.detach()])
@@ -266,10 +266,18 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Checkpoint.
         if checkpoint and is_main:
             state = {name: part.state_dict() for name, part in parts.items()}
-            save_state(state | {"step": step + 1}, checkpoint)
+            state |= dict(queue=queue, queue_photo=queue_photo, step=step + 1)
+            save_state(state, checkpoint)
     bar.close()
     adapter.eval()
     return report
+
+
+def gather(x):
+    """(B,...) of each of R processes to (R B,...), the same in all."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def learning_rate(progress):
@@ -279,46 +287,22 @@ def learning_rate(progress):
 
 # ---------------------------------------------------------------- Additions (ours)
 
-@torch.no_grad()
-def residuals(photos, restore):
-    """Addition: what the teacher T removes from each photo, 128 + 127 (x_d - T(x_d)), used as the
-    adapter's input in place of x_d. It shows the degradation and little of the content.
+def centering(hidden):
+    """Addition `caption_base`: P = B + W (h - mean h) / std h, where B is a caption's embedding.
 
-    photos: list of (3,H,W) uint8. restore: T, one photo (3,H,W) in [0,1] to the same.
-    Returns a list of (3,H,W) uint8, grey (128) where the teacher removes nothing.
+    The caption sets the mean severity; the photo contributes its deviation from the other photos.
+    Uncentred prompts drift towards the average severity of web photos, which is lower than that
+    of a teacher's training data.
     """
-    removed = []
-    for photo in tqdm(photos, "residuals", disable=None):
-        x = photo / 255
-        r = x - restore(x).clamp(0, 1)
-        removed.append((128 + 127 * r).round().to(torch.uint8))
-    return removed
+    return nn.BatchNorm1d(hidden, affine=False)
 
 
-def text_span(prompts, count):
-    """Addition `span`: the `count` main directions (K,N,d) among text prompts (M,N,d), each as
-    long as the standard deviation of the prompts along it. K is at most M - 1.
-
-    Free prompts leave the region that the U-Net was trained on; combinations of captions do not.
-    Raises ValueError for fewer than two prompts.
-    """
-    if len(prompts) < 2:
-        raise ValueError("a span needs at least two captions: set span to 0")
-    centred = (prompts - prompts.mean(0)).flatten(1).double()               # (M,Nd)
-    _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)
-    directions = directions * (lengths / len(prompts) ** 0.5)[:, None]
-    count = min(count, len(prompts) - 1)
-    return directions[:count].float().unflatten(1, prompts.shape[1:])
-
-
-def weather_weight(residual, z_0, strength):
-    """Addition: weights (B,1,h,w) of the diffusion loss, 1 + strength * |x_d - T(x_d)|.
-
-    residual: (B,3,H,W), see `residuals`. z_0: (B,C,h,w). Flakes and streaks cover little of a
-    photo: without weights the prompts depend on them less.
-    """
-    removed = (2 * residual - 1).abs().mean(1, keepdim=True)        # (B,1,H,W)
-    return 1 + strength * F.adaptive_avg_pool2d(removed, z_0.shape[-2:])
+def jitter(images, amount, generator):
+    """Addition: random contrast and tint of each of (B,3,H,W) in [0,1]. Two crops of a
+    photo also share their tone, an easier shortcut for the contrastive loss than degradation."""
+    contrast, tint = (amount * (2 * torch.rand(len(images), channels, 1, 1, generator=generator,
+                                               device=images.device) - 1) for channels in (1, 3))
+    return ((images - 0.5) * (1 + contrast) + 0.5 + tint / 2).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- batches and files
@@ -329,14 +313,11 @@ class CropPairs:
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide. Their latents are computed
     once, and cropped: re-encoding every crop would make a step take 1.67 times as long. Crop b is
-    the one of eight candidates that is farthest from a (our choice). batch: at most all photos.
-    inputs: addition, images of the same shapes (see `residuals`) from which a and b are cut.
-    sd: anything with encode and factor. size: a multiple of sd.factor.
+    the one of eight candidates that is farthest from a (our choice).
     """
 
-    def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
-        self.photos, self.size, self.seed = inputs or photos, size, seed
-        self.batch = min(batch, len(photos))
+    def __init__(self, photos, sd, size, batch, seed=0):
+        self.photos, self.size, self.batch, self.seed = photos, size, batch, seed
         self.step, self.factor, self.latents = 0, sd.factor, []
         for photo in tqdm(photos, "latents", disable=None):
             height, width = (n // sd.factor * sd.factor for n in photo.shape[-2:])

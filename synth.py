@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 @dataclass
 class SynthConfig:
-    """CCD settings. All values are our choice, meant for Stable Diffusion 1.x/2.x; untested."""
+    """CCD settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     images: int = 4000          # number of images to synthesize
     batch: int = 16             # images per batch; guidance doubles the U-Net's batch
     size: int = 0               # px, side of the images; 0: the size of the Stable Diffusion
@@ -45,8 +45,7 @@ class SynthConfig:
     negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
     anchor: bool = False        # addition: detail residual from a weather-free trajectory
 
-    # The additions, and the values that switch them off.
-    ADDITIONS = {"negative_prompt": "", "anchor": False}
+    ADDITIONS = {"negative_prompt": "", "anchor": False}        # and the values that mean "off"
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:

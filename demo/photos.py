@@ -17,12 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo.scenes import render_scene
-from demo.weather import DOMAINS, KINDS, add_weather, draw_cover, to_pil
+from demo.weather import DOMAINS, KINDS, add_weather, to_pil
 
 SPLITS = {name: i for i, name in enumerate(
     ["pretraining", "pretraining-test", "original", "original-test", "web-degraded", "web-clean"])}
 
-WEB_DEGRADED, WEB_CLEAN, TEST = 512, 256, 36            # photos in each folder; our choice
+WEB_DEGRADED, WEB_CLEAN, TEST = 128, 256, 36            # photos in each folder; our choice
 WEB_SIZE, TEST_SIZE = (144, 192), (128, 160)            # px, height and width
 ORIGINAL_SIZE = (128, 128)
 
@@ -38,27 +38,17 @@ class Photo(NamedTuple):
     with_clean: bool = False    # also return the clean image
 
 
-class Rendering(NamedTuple):
-    """A rendered photo, what is seen on it, and its exact caption."""
-    clean: np.ndarray           # (H,W,3) uint8, without the weather; None unless `with_clean`
-    degraded: np.ndarray        # (H,W,3) uint8
-    opacity: np.ndarray         # (H,W) uint8, of falling rain or snow
-    phrases: list               # of the exact caption
-    cover: str                  # of the ground: "snow", "rain" or ""
-    place: str                  # a key of weather.PLACES
-
-
 def render_photo(photo):
-    """Renders one `Photo`. Returns a `Rendering`."""
-    seed = [SPLITS[photo.split], photo.index, 2409_03455]
-    rng, weather = np.random.default_rng(seed), DOMAINS[photo.domain]
-    cover = draw_cover(photo.kind, weather, np.random.default_rng([*seed, 1]))
-    image, depth, place = render_scene(rng, photo.height, photo.width, cover)
-    degraded, phrases, opacity = add_weather(image, depth, photo.kind, weather, rng)
+    """Renders one `Photo`.
+
+    Returns (clean, degraded, caption): two (H,W,3) uint8 arrays, of which `clean` is None unless
+    `with_clean`, and the caption as a list of phrases.
+    """
+    rng = np.random.default_rng([SPLITS[photo.split], photo.index, 2409_03455])
+    image, depth = render_scene(rng, photo.height, photo.width)
+    degraded, caption = add_weather(image, depth, photo.kind, DOMAINS[photo.domain], rng)
     clean = np.asarray(to_pil(image)) if photo.with_clean else None
-    opacity = np.uint8(255 * opacity)
-    cover = "" if place == "leaves" else str(cover)             # leaves have no ground
-    return Rendering(clean, np.asarray(to_pil(degraded)), opacity, phrases, cover, place)
+    return clean, np.asarray(to_pil(degraded)), caption
 
 
 def ignore_signals():
@@ -128,14 +118,14 @@ def degraded_photo(weather, i):
 def captions(weather, count):
     """The exact captions of the first `count` photos of the folder `degraded`."""
     photos = [degraded_photo(weather, i) for i in range(count)]
-    return [", ".join(render_photo(photo).phrases) for photo in photos]
+    return [", ".join(render_photo(photo)[2]) for photo in photos]
 
 
 def write_photo(job):
     """Renders and writes one photo, the degraded image last: it marks the pair as complete."""
     photo, *paths = job
-    rendering = render_photo(photo)
-    for image, path in zip((rendering.clean, rendering.degraded), paths):
+    clean, degraded, _ = render_photo(photo)
+    for image, path in zip((clean, degraded), paths):
         if path:
             Image.fromarray(image).save(path.with_suffix(".tmp"), "PNG")
             os.replace(path.with_suffix(".tmp"), path)
@@ -148,7 +138,7 @@ def weather_figure(path, count=8, size=128):
         for domain in DOMAINS:
             first = 100 + 8 * len(rows)
             photos = [Photo("web-clean", first + i, kind, domain, size, size) for i in range(count)]
-            rows.append(np.concatenate([render_photo(photo).degraded for photo in photos], 1))
+            rows.append(np.concatenate([render_photo(photo)[1] for photo in photos], 1))
     Image.fromarray(np.concatenate(rows)).save(path)
 
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from demo import WEIGHTS
 from demo.photos import Photo, ignore_signals, render_photo
-from demo.weather import ALT_TEXTS, AMOUNTS, CLEAR, KINDS, PLACES, alt_text, to_pil
+from demo.weather import AMOUNTS, CLEAR, KINDS, to_pil
 from evaluate import plot_losses
 from models import Restorer, has_bf16, save_restorer
 
@@ -40,8 +40,7 @@ STAGES = ("vae", "unet", "teacher")
 
 @dataclass
 class Pretraining:
-    """Training settings. All are our choice, for a few hours on two CPU cores. On a GPU,
-    use a larger --unet-batch: a step of 1,024 takes 90 ms on an H200."""
+    """Settings of the trainings. All are our choice, for a few hours on two CPU cores."""
     photos: int = 20000             # training photos of the mini-SD; a quarter in clear weather
     size: int = 128                 # px, side of the training photos
     vae_steps: int = 2500
@@ -55,8 +54,7 @@ class Pretraining:
     unet_lr: float = 4e-4
     latent_scale: float = 1.5       # scaling factor of the latents; larger keeps content at more t
     ema: float = 0.999              # decay of the averaged weights
-    t_spread: float = 1.3           # standard deviation of logit(t / T); larger: more extreme t
-    weather_weight: float = 4.0     # a pixel's loss has weight 1 + this * opacity of rain or snow
+    t_shift: float = -0.1           # mean of the logit-normal over t; below 0: less noise
     drop_caption: float = 0.1       # probability of the empty caption, the null prompt
     teacher_photos: int = 12000     # training photos of the teacher, original domain
     teacher_steps: int = 18000
@@ -70,18 +68,16 @@ class Pretraining:
 def pretrain(config, work, weights, device, stages=STAGES):
     """Trains the given stages and writes their weights.
 
-    Each stage resumes from its checkpoint in the work folder. Without the stage of the VAE, that of
-    the U-Net loads the finished VAE from the weights.
+    Each stage resumes from its checkpoint in the work folder. The U-Net needs the VAE: its stage
+    also trains the VAE if that is unfinished.
     """
     work.mkdir(parents=True, exist_ok=True)
     weights.mkdir(parents=True, exist_ok=True)
     device = torch.device(device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16(device))
-    if "vae" in stages:
+    if "vae" in stages or "unet" in stages:
         vae, seconds = train_vae(config, work, device, autocast)
         print(f"VAE: {seconds / 60:.0f} minutes")
-    elif "unet" in stages:
-        vae = AutoencoderKL.from_pretrained(weights / "mini-sd" / "vae")
     if "teacher" in stages:
         teacher, seconds = train_teacher(config, work, device, autocast)
         save_restorer(teacher, weights / "teacher.safetensors")
@@ -139,7 +135,7 @@ def train_vae(config, work, device, autocast):
     rng = np.random.default_rng([config.seed, trainer.start])
     source = batches(photos, config.vae_batch, config.vae_crop, rng)
     for step in range(trainer.start, trainer.steps):
-        x = to_tensor(next(source)[..., :3], device) * 2 - 1
+        x = to_tensor(next(source), device) * 2 - 1
         x = x.contiguous(memory_format=torch.channels_last)
 
         # Forward.
@@ -167,16 +163,14 @@ def new_unet():
 
     In cross-attention, as in Stable Diffusion, and pooled, added to the timestep embedding, as in
     DeepFloyd IF. With cross-attention alone, at a quarter of the latents' resolution, it hardly
-    learned to use the prompt in so short a training. The embedding scales and shifts the features
-    of each block (as in Dhariwal and Nichol 2021).
+    learned to use the prompt in so short a training.
     """
     return UNet2DConditionModel(
         sample_size=48, in_channels=6, out_channels=6, block_out_channels=(48, 96, 128, 128),
         down_block_types=("DownBlock2D",) * 2 + ("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * 2,
         layers_per_block=1, cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-        addition_embed_type="text", addition_embed_type_num_heads=8,
-        resnet_time_scale_shift="scale_shift")
+        addition_embed_type="text", addition_embed_type_num_heads=8)
 
 
 def new_scheduler():
@@ -195,8 +189,6 @@ def new_text(folder):
     phrases = [f"a photo in {amount} {kind}" for amount in AMOUNTS for kind in KINDS]
     phrases += ["clear weather dark grey bright air small medium large short long streaks flakes",
                 "faint falling straight blown to the left right with mist of"]
-    phrases += [text.format(place=place) for texts in ALT_TEXTS.values() for text in texts
-                for place in PLACES.values()]
     words = sorted(set(" ".join(phrases).split()))
     letters = [chr(i) for i in range(33, 127)]
     vocabulary = letters + [letter + "</w>" for letter in letters]
@@ -229,6 +221,16 @@ def new_text(folder):
     return tokenizer, text
 
 
+def random_caption(phrases, rng, drop):
+    """A caption of some of a photo's phrases; empty with probability `drop`."""
+    if rng.random() < drop:
+        return ""
+    first = phrases[0]
+    if rng.random() <= 0.1:
+        first = " ".join(word for word in first.split() if word not in AMOUNTS)
+    return ", ".join([first] + [phrase for phrase in phrases[1:] if rng.random() > 0.3])
+
+
 def mirrored_caption(text):
     """The caption of the horizontally mirrored photo: "left" and "right" are exchanged."""
     opposite = {"left": "right", "right": "left"}
@@ -240,54 +242,46 @@ def train_unet(config, vae, work, device, autocast):
 
     Writes WORK/mini-sd and figures of samples. Returns the training time in seconds.
     """
-    photos, facts = render_mixture(config, work)
+    photos, phrases = render_mixture(config, work)
     torch.manual_seed(config.seed)
     tokenizer, text = new_text(work / "tokenizer")
     unet, scheduler = new_unet(), new_scheduler()
     unet.set_attn_processor(AttnProcessor())        # few tokens: on a CPU faster than the fused one
     trainer = Trainer("unet", {"unet": unet, "text": text}, config.unet_lr, config.unet_steps, work,
                       config, device)
-    # On two CPU cores, compiling would take 7 minutes.
-    model = torch.compile(unet) if device.type == "cuda" else unet
-    token_ids = cache(lambda caption: tokenizer(caption, padding="max_length",
-                                                truncation=True).input_ids)
     rng = np.random.default_rng([config.seed, trainer.start])
-    generator = torch.Generator(device).manual_seed(config.seed + trainer.start)
+    generator = torch.Generator().manual_seed(config.seed + trainer.start)
     vae.register_to_config(scaling_factor=config.latent_scale)
-    variance = float(scaled_latents(to_tensor(photos[:500, ..., :3], device), config).var())
+    variance = float(scaled_latents(photos[:500], config, device).var())
     abar = scheduler.alphas_cumprod.to(device)
     n, crop = config.unet_batch, config.unet_crop
-    if device.type == "cuda":
-        photos = torch.from_numpy(np.array(photos)).to(device)
     for step in range(trainer.start, trainer.steps):
         # Batch: random crops, half of them mirrored, and their captions.
         chosen = rng.integers(0, len(photos), n)
-        y, x = rng.integers(0, config.size - crop + 1, (2, n, 1)) + np.arange(crop)
+        corners = rng.integers(0, config.size - crop + 1, (n, 2))
         mirror = rng.random(n) < 0.5
-        x[mirror] = x[mirror, ::-1]
-        crops = photos[chosen[:, None, None], y[:, :, None], x[:, None]]        # (n,crop,crop,4)
-        captions = ["" if rng.random() < config.drop_caption else alt_text(*facts[k], rng)
-                    for k in chosen]
-        captions = [mirrored_caption(text) if mirrored else text
-                    for text, mirrored in zip(captions, mirror)]
-        tokens = torch.tensor([token_ids(caption) for caption in captions]).to(device)
-        crops = to_tensor(crops, device)
-        z_0 = scaled_latents(crops[:, :3], config)
+        crops, captions = [], []
+        for k, (y, x), mirrored in zip(chosen, corners, mirror):
+            image = photos[k, y:y + crop, x:x + crop]
+            caption = random_caption(phrases[k], rng, config.drop_caption)
+            crops.append(image[:, ::-1] if mirrored else image)
+            captions.append(mirrored_caption(caption) if mirrored else caption)
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        tokens = tokens.input_ids.to(device)
+        z_0 = scaled_latents(np.stack(crops), config, device)
         z_0 = z_0.contiguous(memory_format=torch.channels_last)
-        opacity = F.avg_pool2d(crops[:, 3:], 2)                                 # (n,1,h,w)
 
-        # Noise; t / T is logit-normal (Esser et al. 2024).
-        eps = torch.randn(z_0.shape, generator=generator, device=device)
-        eps = eps.contiguous(memory_format=torch.channels_last)
-        t = torch.sigmoid(config.t_spread * torch.randn(n, generator=generator, device=device))
-        t = (t * scheduler.config.num_train_timesteps).long()
+        # Noise; t is logit-normal (Esser et al. 2024).
+        eps = torch.randn(z_0.shape, generator=generator)
+        eps = eps.to(z_0, memory_format=torch.channels_last)
+        t = torch.sigmoid(torch.randn(n, generator=generator) + config.t_shift)
+        t = (t * scheduler.config.num_train_timesteps).long().to(device)
         z_t = scheduler.add_noise(z_0, eps, t)
 
         # Forward and loss, divided by the variance of v so that all t have equal weight.
         with autocast():
-            v = model(z_t, t, text(tokens).last_hidden_state).sample
-        error = (v.float() - scheduler.get_velocity(z_0, eps, t)).square()
-        error = (error * (1 + config.weather_weight * opacity)).mean((1, 2, 3))
+            v = unet(z_t, t, text(tokens).last_hidden_state).sample
+        error = (v.float() - scheduler.get_velocity(z_0, eps, t)).square().mean((1, 2, 3))
         loss = (error / (abar[t] + (1 - abar[t]) * variance)).mean()
 
         if trainer.update(step, loss) and (step + 1) % (4 * config.save_every) == 0:
@@ -301,9 +295,9 @@ def train_unet(config, vae, work, device, autocast):
     return trainer.seconds
 
 
-def scaled_latents(images, config):
-    """Images (B,3,H,W) in [0,1] to the U-Net's latents (B,6,H/2,W/2)."""
-    return haar_latents(images * 2 - 1) * config.latent_scale
+def scaled_latents(images, config, device):
+    """(B,H,W,3) uint8 photos to the U-Net's latents (B,6,H/2,W/2)."""
+    return haar_latents(to_tensor(images, device) * 2 - 1) * config.latent_scale
 
 
 def save_mini_sd(folder, vae, modules, tokenizer, scheduler):
@@ -346,7 +340,7 @@ def sample_figure(folder, path, device, strength=0.6):
     """Writes a figure: a row of held-out clear scenes, then a row of them in each weather."""
     pipe = load_img2img(folder, device)
     photos = [Photo("pretraining-test", i, "clear", "original", 96, 96) for i in range(8)]
-    clear = to_tensor(np.stack([render_photo(photo).degraded for photo in photos]), device)
+    clear = to_tensor(np.stack([render_photo(photo)[1] for photo in photos]), device)
     rows = [clear]
     for kind in KINDS:
         rows.append(img2img(pipe, clear, f"a photo in heavy {kind}", strength, 3.0, 15))
@@ -463,8 +457,7 @@ def relative_rate(step, steps):
 
 
 def render_mixture(config, work):
-    """The mini-SD's training photos and the opacity of their weather, (N,size,size,4) uint8, and
-    what `alt_text` needs for their captions."""
+    """The mini-SD's training photos, (N,size,size,3) uint8, and their captions' phrases."""
     return render_split(work / "mixture", "pretraining", config.photos, ("clear",) + KINDS,
                         config.size)
 
@@ -473,32 +466,30 @@ def render_split(path, split, count, kinds, size, with_clean=False):
     """Renders training photos of a split, in the domain of the same name, on all cores, once.
 
     Photo i has the weather kinds[i % len(kinds)]. Writes PATH.npy and PATH.json.
-    Returns, memory-mapped, uint8, either the degraded photos with the opacity of their weather,
-    (count,size,size,4), or pairs of clean and degraded photos, (count,2,size,size,3); and a list of
-    [kind, cover, place, phrases], see `Rendering`.
+    Returns the photos, (count,size,size,3) or, as pairs of clean and degraded,
+    (count,2,size,size,3), uint8, memory-mapped; and a list of the captions' phrases.
     """
     data, captions = path.with_suffix(".npy"), path.with_suffix(".json")
-    shape = (count, 2, size, size, 3) if with_clean else (count, size, size, 4)
+    shape = (count, 2, size, size, 3) if with_clean else (count, size, size, 3)
     if not captions.exists() or np.load(data, mmap_mode="r").shape != shape:
         captions.unlink(missing_ok=True)                        # written last: marks it complete
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(data, "w+", np.uint8, shape)
         photos = [Photo(split, i, kinds[i % len(kinds)], split, size, size, with_clean)
                   for i in range(count)]
-        facts = []
+        phrases = []
         with Pool(os.cpu_count(), initializer=ignore_signals) as pool:
             rendered = tqdm(pool.imap(render_photo, photos, 16), f"render {path.name}", count)
-            for i, made in enumerate(rendered):
-                array[i] = (np.stack([made.clean, made.degraded]) if with_clean
-                            else np.dstack([made.degraded, made.opacity]))
-                facts.append([photos[i].kind, made.cover, made.place, made.phrases])
+            for i, (clean, degraded, caption) in enumerate(rendered):
+                array[i] = np.stack([clean, degraded]) if with_clean else degraded
+                phrases.append(caption)
         array.flush()
-        captions.write_text(json.dumps(facts))
+        captions.write_text(json.dumps(phrases))
     return np.load(data, mmap_mode="r"), json.loads(captions.read_text())
 
 
 def batches(photos, size, crop, rng):
-    """Yields random crops (B,...,crop,crop,C) of photos (N,...,H,W,C), half of them mirrored."""
+    """Yields random crops (B,...,crop,crop,3) of photos (N,...,H,W,3), half of them mirrored."""
     height, width = photos.shape[-3:-1]
     while True:
         crops = []
@@ -512,8 +503,7 @@ def batches(photos, size, crop, rng):
 
 def to_tensor(batch, device):
     """(...,H,W,3) uint8 to (...,3,H,W) float32 in [0,1]."""
-    batch = batch if torch.is_tensor(batch) else torch.from_numpy(np.array(batch))
-    return batch.to(device).movedim(-1, -3).float() / 255
+    return torch.from_numpy(np.array(batch)).to(device).movedim(-1, -3).float() / 255
 
 
 def grid(rows, path):

@@ -86,7 +86,6 @@ class Canvas:
         self.depth = np.full((height, width), 1000.0, np.float32)
         self.sun = rng.uniform(-1, 1)
         self.contrast = rng.uniform(0.3, 1.0)
-        self.umbrellas = 0.3                # probability that a person carries one
 
     def brightness_of_side(self, side):
         """Brightness of a surface that faces left (-1), right (1) or the camera (0)."""
@@ -121,16 +120,15 @@ WHOLE = (slice(None), slice(None))
 
 # ---------------------------------------------------------------- landscape
 
-def sky(canvas, overcast=False):
+def sky(canvas):
     rng = canvas.rng
-    blue_grey_sunset = (0.1, 0.85, 0.05) if overcast else (0.5, 0.35, 0.15)
     blue = (random_colour(rng, 205, 225, (0.35, 0.7), (0.55, 0.9)),
             random_colour(rng, 195, 220, (0.05, 0.25), (0.8, 0.98)))
     grey = (random_colour(rng, 200, 230, (0.0, 0.12), (0.5, 0.8)),
             random_colour(rng, 200, 230, (0.0, 0.08), (0.7, 0.95)))
     sunset = (random_colour(rng, 215, 270, (0.3, 0.5), (0.3, 0.6)),
               random_colour(rng, 15, 45, (0.3, 0.7), (0.8, 1.0)))
-    zenith, horizon = (blue, grey, sunset)[rng.choice(3, p=blue_grey_sunset)]
+    zenith, horizon = (blue, grey, sunset)[rng.choice(3, p=(0.5, 0.35, 0.15))]
     up = np.clip(-canvas.y / max(1e-3, -canvas.y[0, 0]), 0, 1)[..., None] ** 0.7
     colour = np.broadcast_to(zenith * up + horizon * (1 - up), canvas.colour.shape)
     far = 1 / (np.maximum(-canvas.y, 0) + 0.06)
@@ -205,23 +203,6 @@ def ground(canvas, kind):
     natural = kind in ("grass", "soil", "sand")
     if kind == "asphalt" or (natural and rng.random() < 0.5):
         road(canvas, where, u, v, fine * near)
-
-
-def cover_ground(canvas, cover):
-    """Covers ground and hills with snow, or wets the ground: darker, and reflecting the sky."""
-    rng = canvas.rng
-    if cover == "snow":
-        rows, columns = np.mgrid[:canvas.height, :canvas.width]
-        white = np.float32((0.93, 0.95, 1.0)) * rng.uniform(0.75, 1.0)
-        shade = 0.8 + 0.25 * texture(SMOOTH[1], columns, 2 * rows)[..., None]
-        opacity = rng.uniform(0.6, 1.0) * (canvas.depth < 395)[..., None]       # not the sky
-        canvas.colour[:] = canvas.colour * (1 - opacity) + white * shade * opacity
-    else:
-        first = min(canvas.height, math.ceil(canvas.horizon))
-        mirrored = np.clip(first - np.arange(canvas.height - first), 0, first)
-        gloss = rng.uniform(0.2, 0.5)
-        canvas.colour[first:] *= 1 - gloss
-        canvas.colour[first:] += gloss * canvas.colour[np.minimum(mirrored, first - 1)]
 
 
 def road(canvas, where, u, v, fine):
@@ -404,7 +385,7 @@ def person(canvas, x, z):
     mask = head | body | legs
     colour = np.where((h > 0.8)[..., None], coat, trousers)
     colour = np.where(head[..., None], skin, colour)
-    if rng.random() < canvas.umbrellas:
+    if rng.random() < 0.3:
         umbrella = (np.hypot(u / 0.55, (h - 1.75) / 0.35) < 1) & (h > 1.75)
         fabric = random_colour(rng, 0, 360, (0.3, 0.9), (0.3, 0.9))
         colour = np.where(umbrella[..., None], fabric, colour)
@@ -475,26 +456,20 @@ GROUNDS = {"street": ["asphalt", "paving"], "town": ["asphalt", "paving", "grass
 TREES = {"street": (0, 4), "town": (0, 6), "country": (1, 9), "forest": (12, 30)}   # [low, high)
 
 
-def render_scene(rng, height, width, cover=""):
+def render_scene(rng, height, width):
     """Renders a procedural scene.
 
-    cover: "snow" on the ground, "rain" for a wet ground and umbrellas, or ""
-    Returns the photo, (H,W,3) float32 in [0,1], its depth, (H,W) float32 in metres, and the kind of
-    scene, one of SCENES.
+    Returns the photo, (H,W,3) float32 in [0,1], and its depth, (H,W) float32 in metres.
     """
     canvas = Canvas(rng, 2 * height, 2 * width)                 # 2 x 2 supersampling
-    if cover == "rain":
-        canvas.umbrellas = 0.9
     kind = rng.choice(SCENES, p=(0.22, 0.2, 0.24, 0.14, 0.2))
     if kind == "leaves":
         dead_leaves(canvas)
     else:
-        sky(canvas, overcast=bool(cover))
+        sky(canvas)
         if kind == "country" or rng.random() < 0.3:
             hills(canvas)
         ground(canvas, rng.choice(GROUNDS[kind]))
-        if cover:
-            cover_ground(canvas, cover)
         buildings(canvas, kind)
         objects(canvas, kind)
     image = canvas.colour.reshape(height, 2, width, 2, 3).mean((1, 3))
@@ -502,7 +477,7 @@ def render_scene(rng, height, width, cover=""):
     white_balance = 1 + rng.uniform(-0.06, 0.06, 3).astype(np.float32)
     image = np.clip(image * white_balance * rng.uniform(0.8, 1.15), 0, 1)
     gamma = rng.uniform(0.85, 1.2)
-    return (image ** gamma).astype(np.float32), depth, str(kind)
+    return (image ** gamma).astype(np.float32), depth
 
 
 def buildings(canvas, kind):

@@ -36,11 +36,9 @@ class Weather:
     streak_cover: tuple = (0.05, 0.20)  # rain: fraction of the photo covered by streaks
     streak_length: tuple = (14.0, 60.0)  # px
     streak_width: tuple = (0.6, 1.2)    # px
-    streak_angle: tuple = (-30.0, 30.0)  # degrees from the vertical, to the right
+    streak_angle: float = 30.0          # degrees from the vertical, at most
     streak_opacity: tuple = (0.4, 0.9)
     veil: tuple = (0.0, 0.0)            # 1/m, density of the haze that accompanies rain and snow
-    cover: float = 0.0                  # probability of a white (wet) ground in snow (rain)
-    clear_cover: float = 0.0            # probability of either in clear weather
     mixed: float = 0.0                  # probability of lighter snow in rain, or rain in snow
     exposure: float = 0.0               # relative change of contrast, at most; of brightness, 0.3 x
     defocus: float = 0.0                # probability of a defocused scene behind sharp rain or snow
@@ -59,8 +57,8 @@ WEB = Weather(
     flake_cover=(0.02, 0.16), flake_size=(0.6, 1.8), flake_blur=(0.0, 6.0),
     flake_opacity=(0.45, 0.95),
     streak_cover=(0.05, 0.22), streak_length=(7.0, 34.0), streak_width=(0.5, 1.1),
-    streak_angle=(-35.0, 35.0), streak_opacity=(0.2, 0.6),
-    veil=(0.0, 0.012), cover=0.6, mixed=0.15, exposure=0.2, blur=0.6, noise=0.02, jpeg=(50, 95))
+    streak_angle=35.0, streak_opacity=(0.2, 0.6),
+    veil=(0.0, 0.012), mixed=0.15, exposure=0.2, blur=0.6, noise=0.02, jpeg=(50, 95))
 
 # Covers both of the above, because Stable Diffusion's training data also covers both.
 PRETRAINING = Weather(
@@ -68,9 +66,9 @@ PRETRAINING = Weather(
     flake_cover=(0.01, 0.24), flake_size=(0.5, 2.4), flake_blur=(0.0, 6.0),
     flake_opacity=(0.45, 1.0),
     streak_cover=(0.01, 0.22), streak_length=(6.0, 64.0), streak_width=(0.5, 1.3),
-    streak_angle=(-38.0, 38.0), streak_opacity=(0.2, 0.85),
-    veil=(0.0, 0.012), cover=0.6, clear_cover=0.4, mixed=0.08, exposure=0.15, defocus=0.5,
-    blur=0.4, noise=0.01, jpeg=(60, 98))
+    streak_angle=38.0, streak_opacity=(0.2, 0.85),
+    veil=(0.0, 0.012), mixed=0.08, exposure=0.15, defocus=0.5, blur=0.4, noise=0.01,
+    jpeg=(60, 98))
 
 DOMAINS = {"original": ORIGINAL, "web": WEB, "pretraining": PRETRAINING}
 
@@ -81,9 +79,8 @@ def add_weather(image, depth, kind, weather, rng):
     image: (H,W,3) float32 in [0,1]
     depth: (H,W) float32, metres
     kind: "haze", "rain", "snow" or "clear"
-    Returns the degraded image, (H,W,3) float32 in [0,1]; its exact caption: a list of phrases, the
-    most important first; and the opacity of falling rain or snow, (H,W) float32 in [0,1]. Raises
-    ValueError for any other kind.
+    Returns the degraded image, (H,W,3) float32 in [0,1], and its caption: a list of phrases, the
+    most important first. Raises ValueError for any other kind.
     """
     if kind not in KINDS + ("clear",):
         raise ValueError(f"kind must be one of {KINDS + ('clear',)}, not {kind!r}")
@@ -99,7 +96,6 @@ def add_weather(image, depth, kind, weather, rng):
         image = image * t + airlight * (1 - t)
     if kind != "haze" and weather.defocus and rng.random() < weather.defocus:
         image = defocus(image, rng)
-    transparency = np.ones((height, width), np.float32)
     if kind in ("rain", "snow"):
         amounts = {kind: 1.0}
         if rng.random() < weather.mixed:
@@ -112,17 +108,9 @@ def add_weather(image, depth, kind, weather, rng):
             darkest = {"snow": 0.88, "rain": 0.75}[falling]
             white = np.float32(rng.uniform(darkest, 1.0))
             image = image * (1 - opacity) + white * opacity
-            transparency *= 1 - opacity[..., 0]
             if falling == kind:
                 drawn |= parameters
-    return simulate_camera(image, weather, rng), describe(kind, drawn), 1 - transparency
-
-
-def draw_cover(kind, weather, rng):
-    """What covers the ground of a scene: "snow", "rain" (a wet ground) or nothing, ""."""
-    if kind == "clear":
-        return rng.choice(("snow", "rain")) if rng.random() < weather.clear_cover else ""
-    return kind if kind != "haze" and rng.random() < weather.cover else ""
+    return simulate_camera(image, weather, rng), describe(kind, drawn)
 
 
 def draw_beta(rng, kind, weather):
@@ -168,7 +156,7 @@ def snow_opacity(rng, height, width, weather, amount=1.0):
 
 def rain_opacity(rng, height, width, weather, amount=1.0):
     """Opacity (H,W) in [0,1] of falling rain, and the drawn parameters, a dict for `describe`."""
-    angle = math.radians(rng.uniform(*weather.streak_angle))
+    angle = math.radians(rng.uniform(-weather.streak_angle, weather.streak_angle))
     cover = rng.uniform(*weather.streak_cover)
     length = rng.uniform(*weather.streak_length)
     size = rng.uniform(*weather.streak_width)
@@ -239,35 +227,6 @@ def describe(kind, drawn):
     if drawn["veil"] > 0.004:
         phrases.append("with mist")
     return phrases
-
-
-# Alt texts as on the web: mostly vague. "Snow" is also used for white ground, "rain" for wet ground
-# and umbrellas. All are our choice, made before any comparison with the mini-SD that learned them.
-PLACES = {"street": "street", "town": "town", "country": "field", "forest": "forest",
-          "leaves": "pattern"}
-ALT_TEXTS = {
-    "snow": ("a photo in snow", "{place} in snow", "snowy {place}", "{place} in winter",
-             "a cold winter day", "white {place}"),
-    "rain": ("a photo in rain", "{place} in rain", "rainy {place}", "wet {place}", "a rainy day",
-             "{place} with umbrellas"),
-    "haze": ("a photo in haze", "{place} in haze", "foggy {place}", "{place} in the morning",
-             "a grey day"),
-    "clear": ("a photo in clear weather", "a photo of {place}", "{place}", "{place} on a sunny day",
-              "a nice {place}"),
-}
-EXACT = 0.35                                # probability of the exact caption instead
-
-
-def alt_text(kind, cover, place, phrases, rng):
-    """A caption as the web writes it, of a photo in weather of one kind.
-
-    cover: of the ground. place: one of PLACES. phrases: the exact caption; some of its phrases are
-    used with probability EXACT.
-    """
-    if rng.random() < EXACT:
-        return ", ".join(phrases[:1] + [phrase for phrase in phrases[1:] if rng.random() > 0.3])
-    topic = cover if kind == "clear" and cover else kind
-    return str(rng.choice(ALT_TEXTS[topic])).format(place=PLACES[place])
 
 
 def grade(value, limits, words):

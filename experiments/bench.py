@@ -168,9 +168,7 @@ def random_photos(count, side):
 
 def untrained_adapter(sd, config):
     base = sd.null_prompt(config.tokens)
-    span = base.expand(config.span, -1, -1) if config.span else None
-    adapter = PromptAdapter(sd.width, base.shape[1], base=base, span=span,
-                            residual=config.residual)
+    adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
     return adapter.eval().to(sd.device)
 
 
@@ -241,8 +239,7 @@ def img2img(run, scheduler, prompt, batch, evaluations, **networks):
 
 def adapter_step(run):
     """Against encoding in every step, gradients of the U-Net's weights, and float32."""
-    config, photos = run.adapter, random_photos(run.adapter.batch, 2 * run.size)
-    size = config.crop or run.size
+    config, size, photos = run.adapter, run.size, random_photos(run.adapter.batch, 2 * run.size)
     sd = TrainableUNet(load_stable_diffusion(run.args.sd, run.device))
     ours = adapter_training(run.sd, config, CropPairs(photos, run.sd, size, config.batch))
     alternative = adapter_training(sd, config, EncodedEveryStep(photos, sd, size, config.batch))
@@ -399,7 +396,7 @@ GPUS = {"H100": 989, "A100": 312, "RTX 4090": 165, "RTX 3060": 25.5}
 SHARES = {"adapter": 0.28, "synth": 0.35, "distill": 0.1}
 LAUNCH_SECONDS = {"adapter": 0, "synth": 0, "distill": 0.03}
 # For computed memory of an adapter step: the three networks in bf16 (2.0) with the adapter, its
-# gradients and AdamW's state (0.6); activations of a photo of 512 px.
+# gradients, AdamW's state and the key encoder (0.6); the activations of a photo of 512 px.
 FIXED_GIB, PHOTO_GIB = 2.6, 0.69
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 

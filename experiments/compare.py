@@ -61,28 +61,22 @@ ROWS = {
     "web-clean": Row("web photos in good weather", "the photos that provide the content",
                      lambda bench: bench.photos("clean", bench.crop)),
     "gan": Row("GAN", "data-free adversarial distillation, experiments/gan.py"),
-    "caption": Row("caption, plain", "{captions} in place of the adapter's prompts",
-                   lambda bench: bench.synthesize("caption", bench.captions())),
-    "caption-tuned": Row(
-        "caption, tuned", "{tuned}: the best for the test set, chosen by looking at it",
-        lambda bench: bench.synthesize("caption-tuned", bench.captions(TUNED))),
-    "caption-no-additions": Row(
-        "caption without additions", "{captions} in place of the adapter's prompts; no additions",
-        lambda bench: bench.synthesize("caption-no-additions", bench.captions(),
+    "sd-text": Row("captions", "{captions} in place of the adapter's prompts",
+                   lambda bench: bench.synthesize("sd-text", bench.captions())),
+    "sd-text-no-additions": Row(
+        "captions without additions", "{captions} in place of the adapter's prompts; no additions",
+        lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(),
                                        **SynthConfig.ADDITIONS)),
     "no-additions": ablation("additions (the paper's method)", "--no-additions",
                              AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS),
     "no-anchor": ablation("anchor", "--no-anchor", synth=dict(anchor=False)),
     "no-negative": ablation("negative prompt", "--negative-prompt ''",
                             synth=dict(negative_prompt="")),
-    "no-residual": ablation(
-        "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
-        dict(residual=False, weather_weight=0.0)),
-    "no-weather-weight": ablation("weather weight", "--adapter-weather-weight 0",
-                                  dict(weather_weight=0.0)),
-    "no-span": ablation("span", "--adapter-span 0: prompts start at the null prompt and are free",
-                        dict(span=0)),
+    "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
+                        "prompt and are not centred", dict(caption_base=False)),
     "no-cross-crop": ablation("cross-crop", "--no-adapter-cross-crop", dict(cross_crop=False)),
+    "no-jitter": ablation("jitter", "--adapter-jitter 0", dict(jitter=0.0)),
+    "no-t-max": ablation("t-max", "--adapter-t-max 1", dict(t_max=1.0)),
     "no-contrast": ablation("contrastive loss", "--adapter-contrast 0", dict(contrast=0.0)),
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
@@ -93,24 +87,18 @@ ROWS = {
                     lambda bench: (bench.images("d4ir") + bench.images("web-degraded")),
                     reuses=("adapter", "synth")),
 }
-GROUPS = {"additions": (
-    "original", "caption", "caption-no-additions", "no-additions", "no-anchor", "no-negative",
-    "no-residual", "no-weather-weight", "no-span", "no-cross-crop", "no-content", "d4ir")}
-TUNED = {"derain": ("a photo in heavy rain",), "dehaze": ("a photo in heavy haze",),
-         "desnow": ("a photo in heavy snow",)}
-TUNED["all"] = sum(TUNED.values(), ())
+GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
+                        "no-negative", "no-base", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "steps": (1, 2, 4, 6, 10, 20), "photos": (8, 32, 128, 512),
           "images": (32, 64, 128, 256, 512, 1024)}
 
 
 class Captions:
-    """Drop-in replacement for the adapter: the embeddings of captions, in turn."""
+    """Drop-in replacement for the adapter: the embeddings of a task's captions, in turn."""
 
-    config = {"residual": False}
-
-    def __init__(self, sd, captions, tokens):
-        self.prompts = sd.text_prompt(list(captions), tokens)
+    def __init__(self, sd, task, tokens):
+        self.prompts = sd.text_prompt(list(d4ir.TASKS[task].captions), tokens)
 
     def __call__(self, degraded):
         return self.prompts[torch.arange(len(degraded)) % len(self.prompts)]
@@ -156,21 +144,19 @@ class Bench:
                 d4ir.adapter_stage(run)
         return load_adapter(path, run.device)
 
-    def captions(self, captions=None):
-        task = self.run.args.task
-        chosen = captions[task] if captions else d4ir.TASKS[task].captions
-        return Captions(self.run.sd, chosen, self.run.adapter.tokens)
+    def captions(self):
+        return Captions(self.run.sd, self.run.args.task, self.run.adapter.tokens)
 
     def synthesize(self, name, adapter, clean=None, degraded=None, **settings):
         """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
         run = self.variant(name, synth=settings)
-        run.degraded = degraded or self.photos("degraded", run.size)
         clean = clean or self.photos("clean", run.size)
+        degraded = degraded or self.photos("degraded", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
         if not all(file.exists() for file in files):
             with timed(run.out, "synth"):
-                synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
-                                  run.out / "synth", seed=run.args.seed)
+                synthesize_folder(clean, degraded, adapter, run.sd, run.synth, run.out / "synth",
+                                  seed=run.args.seed)
         images = [read_image(file) for file in files]
         if not read_gain(run.out):
             d4ir.write_text(run.out / "gain.json", json.dumps(teacher_gain(run, clean, images)))
@@ -319,10 +305,9 @@ def compare(bench, names, seeds):
         took = {key: shared[key] for key in row.reuses if key in shared} | own
         per_student = statistics.fmean(took[key] for key in took if key.startswith("student"))
         total = per_student + took.get("adapter", 0) + took.get("synth", 0)
-        captions, tuned = (", ".join(map(repr, texts)) for texts in
-                           (d4ir.TASKS[run.args.task].captions, TUNED[run.args.task]))
-        stats |= {"minutes": total / 60, "note": row.note.format(
-            captions=captions, tuned=tuned, **asdict(run.synth))}
+        captions = ", ".join(map(repr, d4ir.TASKS[run.args.task].captions))
+        stats |= {"minutes": total / 60,
+                  "note": row.note.format(captions=captions, **asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats | read_gain(run.out / name))
@@ -358,7 +343,7 @@ def sweep(bench, what, seeds):
             images["d4ir"] = lambda: bench.synthesize("d4ir" + suffix, bench.adapter("d4ir"),
                                                       **{what: value})
         if what in ("strength", "guidance"):
-            images["caption"] = lambda: bench.synthesize("caption" + suffix, bench.captions(),
+            images["sd-text"] = lambda: bench.synthesize("sd-text" + suffix, bench.captions(),
                                                          **{what: value})
         row = {what: value} | {
             name: summary(bench.students(name + suffix, make, seeds))["psnr_rgb"]

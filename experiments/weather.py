@@ -68,7 +68,7 @@ def render_photos(split, first, count, kinds, domain="pretraining", size=96):
               for i in range(count)]
     with Pool(os.cpu_count(), initializer=ignore_signals) as pool:
         rendered = list(tqdm(pool.imap(render_photo, photos, 8), "render", count))
-    return to_tensor(np.stack([rendering.degraded for rendering in rendered]), "cpu")
+    return to_tensor(np.stack([degraded for _, degraded, _ in rendered]), "cpu")
 
 
 def through_vae(sd, images, batch=50):
