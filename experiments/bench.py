@@ -15,6 +15,7 @@ Both sides and the matrix products take turns in one process; seconds are median
 FLOPs are those of convolutions, matrix products and attention, counted during a call. Peak memory
 (host_gib) is that of a fresh process, without memory-mapped files, which the system can evict.
 """
+import gc
 import itertools
 import json
 import math
@@ -28,7 +29,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -121,14 +121,15 @@ def in_fresh_process(function, *arguments, **named):
 
 
 def in_this_process(function, *arguments, **named):
-    """The same on a GPU, without the seconds that a new process takes."""
+    """What a function returns, without the seconds that a new process takes; None if the GPU's
+    memory ran out. Peak memory counts from here."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        result = function(*arguments, **named)
+        return function(*arguments, **named)
     except torch.OutOfMemoryError:
         return None
-    return result | dict(gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
 
 
 def with_peak_memory(function, *arguments, **named):
@@ -401,7 +402,6 @@ FIXED_GIB, PHOTO_GIB = 2.6, 0.69
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 
 
-@cache
 def random_sd(device, dtype):
     """A Stable Diffusion with the shape of 1.5 and random weights; every text has the same ids."""
     with torch.device("meta"):                              # no memory for weights in float32
@@ -464,14 +464,17 @@ def sd_cell(stage, size, batch, width, device, dtype):
         sd, config = random_sd(device, dtype), SynthConfig(batch=batch)
         side = synthesis(sd, config, size, untrained_adapter(sd, AdapterConfig()))
     else:
-        random_sd.cache_clear()
         config = DistillConfig(batch=batch, steps=10)
         crop, targets = config.crop_size(size), [(photo / 255).half() for photo in photos]
         side = distillation(Restorer(width, block="residual"), config,
                             Crops(photos, crop, batch, targets), device, dtype)
+    memory = {}
+    if device.type == "cuda":                               # before `measure` allocates matrices
+        side.call()
+        memory["gpu_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     (result,) = measure([side], device, 1)
     result.pop("settings")                                  # the defaults
-    return result | dict(source="measured")
+    return result | memory | dict(source="measured")
 
 
 def recommended_run(cells):
