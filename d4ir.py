@@ -445,7 +445,8 @@ class Run:
 
     def new_student(self, crop):
         """An untrained student, for training crops of `crop` px."""
-        return Restorer(self.args.student_width, window=crop, block=self.args.student_block)
+        return Restorer(self.args.student_width, window=crop, block=self.args.student_block,
+                        norm=True)
 
     @property
     def size(self):

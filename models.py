@@ -8,6 +8,7 @@ eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps or v, whi
 P           prompts            (B,N,d), d = the U-Net's cross-attention width
 """
 import ast
+import copy
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 # ---------------------------------------------------------------- the restorer
@@ -35,20 +37,22 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(x))), without norm, as in EDSR (Lim et al. 2017).
+    """x + conv(relu(norm(conv(x)))), as in EDSR (Lim et al. 2017) but for the batch norm.
 
     The student's block. It moves far less memory per multiply-add than `NAFBlock`, whose layer
-    norms, depthwise convolutions and means are memory-bound.
+    norms, depthwise convolutions and means are memory-bound. The norm helps training (results/
+    README.md) and costs nothing later: `Restorer.fold` merges it into the first convolution.
     """
 
-    def __init__(self, c):
+    def __init__(self, c, norm=True):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+        self.norm = nn.BatchNorm2d(c) if norm else nn.Identity()
         nn.init.zeros_(self.conv2.bias)
         self.conv2.weight.data /= 2                        # starts closer to the identity
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(x)))
+        return x + self.conv2(F.relu(self.norm(self.conv1(x))))
 
 
 class NAFBlock(nn.Module):
@@ -103,11 +107,12 @@ class Restorer(nn.Module):
       over an area of this size instead of the whole photo (Chu et al. 2022), as in training; tiles
       and whole photos then agree. 0: over the whole photo.
     block: "nafnet" (`NAFBlock`) or "residual" (`ResidualBlock`).
+    norm: batch norm in the residual blocks, for training; see `fold`.
     Raises ValueError for another block, or if encoder and decoder have different numbers of levels.
     """
 
     def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1), window=0,
-                 block="nafnet"):
+                 block="nafnet", norm=False):
         super().__init__()
         if block not in ("nafnet", "residual"):
             raise ValueError(f"block must be 'nafnet' or 'residual', not {block!r}")
@@ -115,12 +120,12 @@ class Restorer(nn.Module):
             raise ValueError("encoder and decoder must have the same number of levels, not "
                              f"{encoder} and {decoder}")
         self.config = dict(width=width, encoder=list(encoder), middle=middle, decoder=list(decoder),
-                           window=window, block=block)
+                           window=window, block=block, norm=norm)
         self.multiple = 2 ** (len(encoder) + 1)            # the padded sides are multiples of this
 
         def blocks(channels, count):
             if block == "residual":
-                return nn.Sequential(*[ResidualBlock(channels) for _ in range(count)])
+                return nn.Sequential(*[ResidualBlock(channels, norm) for _ in range(count)])
             features = window * width // (2 * channels)    # the training crop's side at this level
             local = features | 1 if window else 0          # made odd
             return nn.Sequential(*[NAFBlock(channels, local) for _ in range(count)])
@@ -151,6 +156,17 @@ class Restorer(nn.Module):
         for up, decoder, skip in zip(self.ups, self.decoders, reversed(skips)):
             x = decoder(up(x) + skip)                                       # (B,c,H/2,W/2)
         return (padded + F.pixel_shuffle(self.ending(x), 2))[..., :height, :width]
+
+    def fold(self):
+        """A copy in eval mode with the same outputs, without norm: the running statistics of every
+        batch norm become part of the convolution before it."""
+        folded = copy.deepcopy(self).eval()
+        for block in folded.modules():
+            if isinstance(block, ResidualBlock) and self.config["norm"]:
+                block.conv1 = fuse_conv_bn_eval(block.conv1, block.norm)
+                block.norm = nn.Identity()
+        folded.config["norm"] = False
+        return folded
 
 
 def pad_to_multiple(image, multiple):
@@ -353,8 +369,9 @@ def build_restorer(config, state, path):
 
 
 def save_restorer(model, path):
-    """Writes a Restorer as fp16 safetensors, with its architecture in the metadata. Raises
+    """Writes a Restorer, folded, as fp16 safetensors, with its architecture in the metadata. Raises
     ValueError for weights that are not finite in fp16."""
+    model = model.fold()
     state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{path}: not written, because weights are not finite in fp16")

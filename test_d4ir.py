@@ -683,8 +683,28 @@ def test_restorer_takes_any_size_and_starts_as_the_identity(tmp_path, block):
 
 
 def test_residual_block_is_the_sum_of_its_input_and_two_convolutions():
-    block, x = models.ResidualBlock(4), noise(0, 2, 4, 9, 12)
+    block, x = models.ResidualBlock(4, norm=False), noise(0, 2, 4, 9, 12)
     assert torch.equal(block(x), x + block.conv2(block.conv1(x).relu()))
+
+
+def test_folding_the_batch_norms_keeps_the_outputs(tmp_path):
+    torch.manual_seed(0)
+    model = models.Restorer(4, (1, 1), 1, (1, 1), block="residual", norm=True)
+    nn.init.normal_(model.ending.weight, std=0.1)
+    for i in range(3):
+        model(noise(i, 4, 3, 32, 32))                      # running statistics
+    x = noise(3, 2, 3, 40, 24)
+    with_batch_statistics, folded = model(x), model.fold()
+    assert model.training and model.config["norm"] and not folded.config["norm"]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert not torch.allclose(with_batch_statistics, folded(x), atol=1e-3)
+    assert torch.allclose(model.eval()(x), folded(x), atol=1e-5)
+    models.save_restorer(model, tmp_path / "student.safetensors")
+    loaded = models.load_restorer(tmp_path / "student.safetensors")
+    assert loaded.config == folded.config
+    assert torch.allclose(loaded(x), folded(x), atol=2e-3)             # fp16
+    plain = models.Restorer(4)
+    assert torch.equal(plain.eval()(x), plain.fold()(x))
 
 
 def test_weights_from_before_the_choice_of_blocks_load_as_nafnet(tmp_path):

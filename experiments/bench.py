@@ -466,7 +466,7 @@ def sd_cell(stage, size, batch, width, device, dtype):
     else:
         config = DistillConfig(batch=batch, steps=10)
         crop, targets = config.crop_size(size), [(photo / 255).half() for photo in photos]
-        side = distillation(Restorer(width, block="residual"), config,
+        side = distillation(Restorer(width, block="residual", norm=True), config,
                             Crops(photos, crop, batch, targets), device, dtype)
     memory = {}
     if device.type == "cuda":                               # before `measure` allocates matrices
