@@ -295,8 +295,11 @@ def compare(bench, names, seeds):
     """The rows of compare-TASK.json: those asked for, and others that are finished."""
     run, rows = bench.run, []
     for name, model in (("input", None), ("teacher", run.teacher)):
-        result = evaluate(model, run.pairs, tile=run.args.tile, label=name)
-        rows.append({"source": name} | summary([test_metrics(result, run.pairs)]))
+        file = run.out / f"{name}.json"
+        if not file.exists():
+            result = evaluate(model, run.pairs, tile=run.args.tile, label=name)
+            d4ir.write_text(file, json.dumps(test_metrics(result, run.pairs)))
+        rows.append({"source": name} | summary([json.loads(file.read_text(encoding="utf-8"))]))
     for name, row in ROWS.items():
         if bench.is_no_op(name) or not (name in names or bench.is_finished(name, seeds)):
             continue
