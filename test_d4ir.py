@@ -6,6 +6,7 @@ every documented error.
 """
 import argparse
 import ast
+import copy
 import dataclasses
 import hashlib
 import json
@@ -39,7 +40,8 @@ import evaluate
 import models
 import prompt_adapter
 import synth
-from experiments import bench, compare, following, gan, weather
+from experiments import (bench, compare, features, few_steps, following, gan, low_rank,
+                         weather)
 
 HERE = Path(__file__).resolve().parent
 MINI = demo.WEIGHTS / "mini-sd"
@@ -2263,6 +2265,92 @@ def test_following(demo_run, folders, tmp_path):
     following.main([*command, *own, "--out", str(tmp_path / "own")])
     result = json.loads((tmp_path / "following-desnow.json").read_text())
     assert "captions" not in result and "ceiling" in result
+
+
+@pytest.fixture
+def go_neighbour(tmp_path):
+    """Runs one of the neighbouring papers' experiments on a tiny budget; returns its section."""
+    def go(experiment, *more):
+        command = ["--out", tmp_path / "run", "--seeds", "1", "--results", tmp_path, *more]
+        experiment.main(list(map(str, command)))
+        return json.loads((tmp_path / "neighbours.json").read_text())
+    return go
+
+
+def test_feature_distillation(go_neighbour, own_photos):
+    result = go_neighbour(features, "--task", "desnow", *own_photos)["features, desnow"]
+    assert result["PKD"]["psnr_rgb"]["mean"] != result["features"]["psnr_rgb"]["mean"]
+
+
+@torch.no_grad()
+def test_levels_of_a_restorer():
+    """Level by level gives the same output; a mixture leaves the batch norms' statistics."""
+    for net in (models.Restorer(4), models.Restorer(4, block="residual", norm=True).eval()):
+        x = noise(0, 2, 3, 32, 32)
+        for p in net.parameters():
+            p.add_(0.1)
+        restored, states = features.run_net(net, x)
+        torch.testing.assert_close(restored, net(x))
+        assert len(states) == 8 and not states[-1][1]
+        torch.testing.assert_close(features.run_levels(net, x, states[:4], 3), restored)
+    net.train()
+    mean = net.encoders[0][0].norm.running_mean
+    before = mean.clone()
+    with features.frozen_statistics(net):
+        features.run_net(net, x)
+    assert mean.equal(before)
+    features.run_net(net, x)
+    assert not mean.equal(before)
+
+
+def test_low_rank_weights_fold_into_plain_networks():
+    torch.manual_seed(0)
+    shared = models.Restorer(20, block="residual", norm=True)
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    start, student = shared(photo(0, 32, 32)[None]), copy.deepcopy(shared)
+    low_rank.add_tasks(student, 3)
+    assert 1.05 < count(student) / count(shared) < 1.1
+    torch.testing.assert_close(student(photo(0, 32, 32)[None]), start)
+    loaders = [[(photo(k, 32, 32)[None], photo(k + 3, 32, 32)[None])] * 3 for k in range(3)]
+    config = distill.DistillConfig(steps=3)
+    low_rank.train(student, loaders, config, torch.device("cpu"), torch.float32)
+    outputs = []
+    for k in range(3):
+        low_rank.choose(student.eval(), k)
+        plain = low_rank.for_task(student, k)
+        assert type(plain) is models.Restorer and not plain.config["norm"]
+        with torch.no_grad():
+            outputs.append(plain(loaders[k][0][0]))
+            torch.testing.assert_close(outputs[k], student(loaders[k][0][0]))
+            assert evaluate.cost(plain)["gmacs"] == evaluate.cost(shared)["gmacs"]
+
+
+def test_low_rank_experiment(go_neighbour, folders, tmp_path):
+    tiny = ["--student-width", "4", *TINY]
+    result = go_neighbour(low_rank, "--source", "original", *tiny)["low rank, original"]
+    assert set(result["low rank"]) == {*evaluate.METRICS, "params"}
+    with pytest.raises(ValueError, match="for the demo's photos only"):
+        go_neighbour(low_rank, "--degraded", folders / "bad", "--out", tmp_path / "own", *tiny)
+
+
+def test_few_steps(go_neighbour, own_photos, monkeypatch):
+    for name, value in dict(TRAJECTORIES=4, UPDATES=4, BATCH=2).items():
+        monkeypatch.setattr(few_steps, name, value)
+    result = go_neighbour(few_steps, "--task", "desnow", *own_photos)
+    row = result["few-steps-2-1, desnow"]["few-steps-2-1"]
+    assert row["unet_minutes"] > 0 and row["images_per_s"] > 0
+
+
+def test_trajectories_are_those_of_the_solver(sd):
+    """Each recorded latent is where the solver passes, and the last is its result."""
+    z, prompts = noise(0, 2, 4, 8, 8), noise(1, 2, 5, sd.width)
+    timesteps = synth.choose_timesteps(1000, 0.9, 4)
+    recorder = few_steps.Recorder(sd, 2)
+    end = synth.denoise(z, prompts, recorder, timesteps, 3.0, None, "ddim")
+    assert list(recorder.latents) == timesteps and recorder.latents[timesteps[0]].equal(z)
+    half = recorder.latents[timesteps[2]]
+    rest = synth.denoise(half, prompts, sd, timesteps[2:], 3.0, None, "ddim")
+    torch.testing.assert_close(rest, end)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ FLOPs are those of convolutions, matrix products and attention, counted during a
 """
 import gc
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -44,7 +43,7 @@ from torchvision.transforms import RandomCrop
 import d4ir
 from distill import Crops, DistillConfig, distill, teacher_outputs
 from evaluate import cost, flop_counter, read_image, synchronized_clock
-from experiments.common import machine_name, make_parser, provenance
+from experiments.common import machine_name, make_parser, provenance, write_section
 from models import (Restorer, StableDiffusion, load_restorer, load_stable_diffusion,
                     save_restorer)
 from prompt_adapter import AdapterConfig, CropPairs, PromptAdapter, save_adapter, train_adapter
@@ -608,10 +607,8 @@ def main(argv=None):
         "machine": machine_name(run.device), "threads": torch.get_num_threads(),
         "repeats": own.repeats, "precision": run.args.precision, "torch": torch.__version__,
         "diffusers": diffusers.__version__}
-    own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"bench-{device_name(run.device)}.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    d4ir.write_text(path, json.dumps(old | {section: tables}, indent=1))
+    write_section(path, section, tables)
     for rows in tables.values():
         if isinstance(rows, list) and rows:
             print(markdown([summary(row) if "ours" in row else row for row in rows]) + "\n")

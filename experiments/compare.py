@@ -118,8 +118,17 @@ class Bench:
         """The photos of --degraded, --clean or --original, (3,H,W) uint8, at least `size` px."""
         if (flag, size) not in self.loaded:
             folder = self.original if flag == "original" else getattr(self.run.args, flag)
+            if folder is None:                              # of the demo's teacher
+                parent = self.run.out / "demo" / self.run.args.task
+                write_demo_photos(parent, self.run.args.task, original=self.run.synth.images)
+                folder = parent / "original"
             self.loaded[flag, size] = d4ir.load_photos(folder, size, self.run, f"--{flag}")
         return self.loaded[flag, size]
+
+    def has_original(self):
+        """Whether the teacher's training photos are known: --original, or the demo's teacher."""
+        teacher = Path(self.run.args.teacher).resolve()
+        return bool(self.original or d4ir.demo and teacher.parent == d4ir.demo.WEIGHTS)
 
     def grey(self):
         return torch.full((3, self.run.size, self.run.size), 128, dtype=torch.uint8)
@@ -443,44 +452,47 @@ def write_demo_photos(folder, task, **counts):
     photos.write_photos(folder, d4ir.TASKS[task].weather, tuple(counts), **counts)
 
 
+def make_bench(arguments, original=None, many_photos=False, bench_class=Bench):
+    """The Bench for these flags of d4ir.py; by default, --out is runs/compare/TASK.
+
+    original: folder of the teacher's training photos, degraded. many_photos: with the demo, as many
+    degraded photos as the sweep over photos needs.
+    """
+    run = d4ir.Run(d4ir.parse(arguments))
+    args = run.args
+    if args.out == Path("runs") / args.task:
+        args.out = run.out = Path("runs/compare") / args.task
+    if args.stage or args.restart or args.adapter_file or run.ranks > 1:
+        raise ValueError("--stage, --restart, --adapter and torchrun are for d4ir.py only")
+    original = original and original.resolve()
+    if original and not original.is_dir():
+        raise ValueError(f"--original {original}: no such folder")
+    d4ir.check_inputs(run)
+    check_settings(run, original)
+    if many_photos and args.degraded is None:
+        folder = run.out / "demo" / args.task / "many"
+        write_demo_photos(folder, args.task, degraded=max(SWEEPS["photos"]))
+        args.degraded = folder / "degraded"
+    d4ir.write_demo_photos(run)
+    if not run.pairs:
+        raise ValueError(f"--test {args.test} has no ground truth")
+    return bench_class(run, original)
+
+
 def main(argv=None):
-    parser = make_parser("compare", __doc__)
-    parser.add_argument("--seeds", type=d4ir.number(int, 1), default=3, help="students per row (3)")
+    parser = make_parser("compare", __doc__, seeds="students per row")
     parser.add_argument("--rows", nargs="+", choices=(*ROWS, *GROUPS), default=list(ROWS),
                         metavar="ROW", help=f"of {', '.join((*GROUPS, *ROWS))} (all)")
     parser.add_argument("--sweep", choices=SWEEPS, help="instead of the rows: values of a setting")
     parser.add_argument("--original", type=Path, metavar="DIR",
                         help="degraded training photos of the teacher (the demo's)")
     own, rest = parser.parse_known_args(argv)
-    run = d4ir.Run(d4ir.parse(rest))
-    args = run.args
-    if args.out == Path("runs") / args.task:
-        args.out = run.out = Path("runs/compare") / args.task
-    if args.stage or args.restart or args.adapter_file or run.ranks > 1:
-        parser.error("--stage, --restart, --adapter and torchrun are for d4ir.py only")
-    if own.original:
-        own.original = own.original.resolve()
-        if not own.original.is_dir():
-            raise ValueError(f"--original {own.original}: no such folder")
-    d4ir.check_inputs(run)
-    check_settings(run, own.original)
-
+    bench = make_bench(rest, own.original, own.sweep == "photos")
+    run, args = bench.run, bench.run.args
     names = [name for row in own.rows for name in GROUPS.get(row, (row,))]
-    original, folder = own.original, run.out / "demo" / args.task
-    if own.sweep == "photos" and args.degraded is None:
-        write_demo_photos(folder / "many", args.task, degraded=max(SWEEPS["photos"]))
-        args.degraded = folder / "many" / "degraded"
-    if "original" in names and not own.sweep and not original:
-        if d4ir.demo and Path(args.teacher).resolve().parent == d4ir.demo.WEIGHTS:
-            write_demo_photos(folder, args.task, original=run.synth.images)
-            original = folder / "original"
-        else:
-            names.remove("original")
-            run.log("no --original: skipping the row of the original data and the shares")
-    d4ir.write_demo_photos(run)
-    if not run.pairs:
-        raise ValueError(f"--test {args.test} has no ground truth")
-    bench = Bench(run, original)
+    if "original" in names and not own.sweep and not bench.has_original():
+        names.remove("original")
+        run.log("no --original: skipping the row of the original data and the shares")
 
     result = {"task": args.task, "seeds": own.seeds, "n_images": len(run.pairs)}
     if own.sweep:
