@@ -2278,8 +2278,9 @@ def go_neighbour(tmp_path):
 
 
 def test_feature_distillation(go_neighbour, own_photos):
-    result = go_neighbour(features, "--task", "desnow", *own_photos)["features, desnow"]
-    assert result["PKD"]["psnr_rgb"]["mean"] != result["features"]["psnr_rgb"]["mean"]
+    command = ["--task", "desnow", "-a", "0.1", "-b", "1", *own_photos]
+    result = go_neighbour(features, *command)["features-0.1-1, desnow"]
+    assert result["d4ir"]["psnr_rgb"] != result["features-0.1-1"]["psnr_rgb"]
 
 
 @torch.no_grad()

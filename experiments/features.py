@@ -11,7 +11,7 @@ passes these through blocks that are drawn from teacher and student:
 
 R continues from the mixture with the remaining levels of the teacher, from D_T(z), or of the
 student, from D_S(z). Simplified: one level per update, one network for all of the remaining levels,
-1x1 convolutions as encoders E and decoders D. The weights a and b are our choice.
+1x1 convolutions as encoders E and decoders D.
 
 Takes the flags of experiments.compare and the images of its row `d4ir`; for `Restorer` teachers.
 """
@@ -26,8 +26,6 @@ import d4ir
 from distill import Crops, learning_rate, to_device
 from experiments.common import make_parser, provenance, write_section
 from experiments.compare import Bench, make_bench, summary
-
-FEATURES, MIXED = 0.1, 1.0              # the weights a and b
 
 
 def levels(net):
@@ -87,7 +85,7 @@ class Mixer(nn.Module):
         return {"student": self.decode_s(z), "teacher": as_t}, error / f_t.abs().mean()
 
 
-def train(teacher, student, mixers, loader, config, device, dtype):
+def train(teacher, student, mixers, loader, config, device, dtype, a, b):
     """`distill` with the two further losses; trains the student in place."""
     nets = {"student": student, "teacher": teacher.requires_grad_(False).eval()}
     for net in (student, mixers, teacher):
@@ -106,8 +104,8 @@ def train(teacher, student, mixers, loader, config, device, dtype):
             skips = {"student": states, "teacher": states_t}[name][k][1]
             with frozen_statistics(student) if name == "student" else nullcontext():
                 mixed = run_levels(nets[name], x, [(mixtures[name], skips)], k)
-        loss = (F.l1_loss(restored.float(), target) + FEATURES * error
-                + MIXED * F.l1_loss(mixed.float(), target))
+        l1 = F.l1_loss(restored.float(), target)
+        loss = l1 + a * error + b * F.l1_loss(mixed.float(), target)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step / config.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -118,10 +116,10 @@ def train(teacher, student, mixers, loader, config, device, dtype):
 
 
 class FeatureBench(Bench):
-    """A comparison whose row `features` is trained with features."""
+    """A comparison with rows that are trained with features, features-A-B."""
 
     def train(self, run, images, targets, seed):
-        if run.out.name != "features":
+        if not run.out.name.startswith("features"):
             return super().train(run, images, targets, seed)
         torch.manual_seed(seed)
         random.seed(seed)
@@ -132,18 +130,21 @@ class FeatureBench(Bench):
                         for net in (student, run.teacher)]
         mixers = nn.ModuleList(map(Mixer, *channels))
         loader = Crops(images, self.crop, run.distill.batch, targets, seed)
-        train(run.teacher, student, mixers, loader, run.distill, run.device, run.dtype)
+        train(run.teacher, student, mixers, loader, run.distill, run.device, run.dtype,
+              *map(float, run.out.name.split("-")[1:]))
         return student, images
 
 
 def main(argv=None):
-    own, rest = make_parser("features", __doc__, seeds="students").parse_known_args(argv)
+    parser = make_parser("features", __doc__, seeds="students")
+    parser.add_argument("-a", type=d4ir.number(float, 0), default=0.1, help="see above (0.1)")
+    parser.add_argument("-b", type=d4ir.number(float, 0), default=0.1, help="see above (0.1)")
+    own, rest = parser.parse_known_args(argv)
     bench = make_bench(rest, bench_class=FeatureBench)
-    images = lambda: bench.images("d4ir")
-    result = {title: summary(bench.students(name, images, own.seeds))
-              for title, name in (("PKD", "d4ir"), ("features", "features"))}
+    images, name = lambda: bench.images("d4ir"), f"features-{own.a:g}-{own.b:g}"
+    result = {row: summary(bench.students(row, images, own.seeds)) for row in ("d4ir", name)}
     result |= provenance("features", argv) | {"seeds": own.seeds}
-    write_section(own.results / "neighbours.json", f"features, {bench.run.args.task}", result)
+    write_section(own.results / "neighbours.json", f"{name}, {bench.run.args.task}", result)
 
 
 if __name__ == "__main__":
