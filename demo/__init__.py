@@ -12,4 +12,4 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 SETTINGS = dict(strength=0.95, steps=6, guidance=3.5, images=256, anchor=True,
                 negative_prompt="a photo in clear weather", adapter_steps=120, adapter_t_max=0.4,
                 adapter_jitter=0.4, adapter_cross_crop=True, adapter_caption_base=True,
-                distill_steps=1500)
+                distill_steps=3000)
