@@ -2309,7 +2309,7 @@ def test_low_rank_weights_fold_into_plain_networks():
     shared = models.Restorer(20, block="residual", norm=True)
     count = lambda net: sum(p.numel() for p in net.parameters())
     start, student = shared(photo(0, 32, 32)[None]), copy.deepcopy(shared)
-    low_rank.add_tasks(student, 3)
+    low_rank.add_tasks(student, 3, 0.03)
     assert 1.05 < count(student) / count(shared) < 1.1
     torch.testing.assert_close(student(photo(0, 32, 32)[None]), start)
     loaders = [[(photo(k, 32, 32)[None], photo(k + 3, 32, 32)[None])] * 3 for k in range(3)]
@@ -2328,7 +2328,7 @@ def test_low_rank_weights_fold_into_plain_networks():
 
 def test_low_rank_experiment(go_neighbour, folders, tmp_path):
     tiny = ["--student-width", "4", *TINY]
-    result = go_neighbour(low_rank, "--source", "original", *tiny)["low rank, original"]
+    result = go_neighbour(low_rank, *tiny)["low rank 0.03, original"]
     assert set(result["low rank"]) == {*evaluate.METRICS, "params"}
     with pytest.raises(ValueError, match="for the demo's photos only"):
         go_neighbour(low_rank, "--degraded", folders / "bad", "--out", tmp_path / "own", *tiny)

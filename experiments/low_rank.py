@@ -12,7 +12,7 @@ Simplified: all 3x3 convolutions of the residual blocks have a bias; each task a
 norms, first and last convolution. W_k is computed once, so that inference costs the same.
 
 Takes the flags of experiments.compare except --task, which is `all`. Both students are trained on
-the images of its rows `original` and `d4ir`, for the same number of updates and crops.
+the images of a row, for the same number of updates and crops.
 """
 import copy
 
@@ -28,17 +28,16 @@ from experiments.compare import make_bench, summary
 from experiments.following import photo_number
 from models import ResidualBlock
 
-SOURCES, TASKS = ("original", "d4ir"), len(d4ir.TASKS["all"].weather)
-RANK = 0.03                             # of the channels; our choice, for 10 % more parameters
+TASKS = len(d4ir.TASKS["all"].weather)
 
 
 class LowRankConv(nn.Module):
     """A convolution with the weight W + B_k A_k of the chosen task k."""
 
-    def __init__(self, conv, tasks):
+    def __init__(self, conv, tasks, rank):
         super().__init__()
         out, inputs = len(conv.weight), conv.weight[0].numel()
-        self.conv, self.task, rank = conv, 0, max(1, round(RANK * out))
+        self.conv, self.task, rank = conv, 0, max(1, round(rank * out)) if rank else 0
         self.a = nn.Parameter(torch.randn(tasks, rank, inputs) / inputs ** 0.5)
         self.b = nn.Parameter(torch.zeros(tasks, out, rank))            # starts at W
 
@@ -62,13 +61,13 @@ class PerTask(nn.ModuleList):
         return self[self.task](x)
 
 
-def add_tasks(student, tasks):
+def add_tasks(student, tasks, rank):
     """Gives a student with residual blocks low-rank weights and the other parts of each task."""
     per_task = lambda module: PerTask(copy.deepcopy(module) for _ in range(tasks))
     for block in list(student.modules()):
         if isinstance(block, ResidualBlock):
-            block.conv1 = LowRankConv(block.conv1, tasks)
-            block.conv2 = LowRankConv(block.conv2, tasks)
+            block.conv1 = LowRankConv(block.conv1, tasks, rank)
+            block.conv2 = LowRankConv(block.conv2, tasks, rank)
             block.norm = per_task(block.norm)
     student.intro, student.ending = per_task(student.intro), per_task(student.ending)
     return student
@@ -110,11 +109,11 @@ def train(student, loaders, config, device, dtype):
         optimizer.step()
 
 
-def low_rank_student(bench, images, tasks, seed):
+def low_rank_student(bench, images, tasks, rank, seed):
     """Metrics of a student trained on images whose tasks are known, and its parameters."""
     run, loaders, rows = bench.run, [], []
     torch.manual_seed(seed)
-    student = add_tasks(run.new_student(bench.crop), TASKS)
+    student = add_tasks(run.new_student(bench.crop), TASKS, rank)
     for task in range(TASKS):
         own = [image for image, t in zip(images, tasks) if t == task]
         outputs = list(teacher_outputs(run.teacher, own, run.device, run.dtype))
@@ -128,22 +127,23 @@ def low_rank_student(bench, images, tasks, seed):
 
 def main(argv=None):
     parser = make_parser("low_rank", __doc__, seeds="students")
-    parser.add_argument("--source", nargs="+", choices=SOURCES, default=SOURCES,
-                        help="of the training images (both)")
+    parser.add_argument("--source", choices=("original", "d4ir"), default="original",
+                        help="the row whose images to train on (original)")
+    parser.add_argument("--rank", type=d4ir.number(float, 0), default=0.03, metavar="R",
+                        help="r / out; 0: only the other parts of each task (0.03)")
     own, rest = parser.parse_known_args(argv)
     bench = make_bench(["--task", "all", *rest])
     run = bench.run
     if not run.args.degraded.is_relative_to(run.out):
         raise ValueError("the weather of each photo is known for the demo's photos only")
-    for source in own.source:
-        images = bench.images(source)
-        tasks = [(photo_number(run, i) if source == "d4ir" else i) % TASKS
-                 for i in range(len(images))]               # photos alternate between tasks
-        shared = bench.students(source, lambda: images, own.seeds)
-        results = [low_rank_student(bench, images, tasks, seed) for seed in range(own.seeds)]
-        result = {"shared": summary(shared), "low rank": summary(results)}
-        result |= provenance("low_rank", argv) | {"seeds": own.seeds}
-        write_section(own.results / "neighbours.json", f"low rank, {source}", result)
+    images = bench.images(own.source)
+    tasks = [(photo_number(run, i) if own.source == "d4ir" else i) % TASKS
+             for i in range(len(images))]                   # photos alternate between tasks
+    shared = bench.students(own.source, lambda: images, own.seeds)
+    results = [low_rank_student(bench, images, tasks, own.rank, seed) for seed in range(own.seeds)]
+    result = {"shared": summary(shared), "low rank": summary(results)}
+    result |= provenance("low_rank", argv) | {"seeds": own.seeds}
+    write_section(own.results / "neighbours.json", f"low rank {own.rank:g}, {own.source}", result)
 
 
 if __name__ == "__main__":
