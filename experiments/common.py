@@ -13,7 +13,8 @@ import d4ir
 
 
 def make_parser(name, description, seeds=None):
-    """A parser with --results and, if `seeds` says of what, --seeds. Parse with `parse_known_args`: the rest are the flags of d4ir.py."""
+    """A parser with --results and, if `seeds` is given (its help text), --seeds. Parse with
+    `parse_known_args`: the rest are the flags of d4ir.py."""
     parser = d4ir.Parser(prog=f"experiments.{name}", description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter,
                          epilog="and the flags of d4ir.py (see python d4ir.py --help)")
