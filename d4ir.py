@@ -3,7 +3,8 @@
     python d4ir.py --task desnow                      # bundled demo: no download, no GPU
     python d4ir.py --task desnow --no-additions --out runs/paper      # the paper's method alone
     python d4ir.py --task desnow --sd stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --degraded snow/ --clean good/ --teacher net.py:PromptIR@promptir.ckpt --test Snow100K-L/
+        --degraded snow/ --clean good/ --teacher net.py:PromptIR@promptir.ckpt \\
+        --test Snow100K-L/ --out runs/snow100k
     python d4ir.py --task desnow --stage restore --input photo.jpg --output out/
     torchrun --nproc_per_node=4 d4ir.py --task desnow ...             # the same on four GPUs
 

@@ -182,7 +182,8 @@ def choose_timesteps(total, strength, steps):
 
 @torch.no_grad()
 def synthesize_with_additions(clean, prompts, sd, config, generator=None):
-    """`synthesize` with a negative prompt and, optionally, the anchor. Same shapes and errors."""
+    """`synthesize` with a negative prompt and, optionally, the anchor. Same shapes and errors; `sd`
+    also needs text_prompt(text, tokens), (1,N,d), and device."""
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
     negative = sd.text_prompt(config.negative_prompt, prompts.shape[1])         # (1,N,d)
     z_0 = sd.encode(clean)

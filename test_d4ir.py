@@ -2326,6 +2326,7 @@ def test_low_rank_weights_fold_into_plain_networks():
             assert evaluate.cost(plain)["gmacs"] == evaluate.cost(shared)["gmacs"]
 
 
+@pytest.mark.slow
 def test_low_rank_experiment(go_neighbour, folders, tmp_path):
     tiny = ["--student-width", "4", *TINY]
     result = go_neighbour(low_rank, *tiny)["low rank 0.03, original"]
