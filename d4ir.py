@@ -74,7 +74,7 @@ TASKS = {
                    demo_additions=False),
     "desnow": Task(("a photo in heavy snow",), ("snow",)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
-                ("haze", "rain", "snow"), dict(distill_steps=7500)),
+                ("haze", "rain", "snow"), dict(distill_steps=4500)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Files of each stage in the run folder; the first one exists once the stage is finished.
