@@ -2201,6 +2201,13 @@ def test_compare_reuses_resumes_and_rejects_changed_settings(go_compare, tmp_pat
         go_compare("--original", tmp_path / "none")
 
 
+def test_original_photos_of_an_unknown_teacher(tmp_path):
+    run = SimpleNamespace(args=SimpleNamespace(teacher="net.py:Net@net.pth"), out=tmp_path, size=96,
+                          distill=distill.DistillConfig())
+    with pytest.raises(ValueError, match="training photos of this teacher are unknown"):
+        compare.Bench(run, None).photos("original", 64)
+
+
 def test_teacher_gain():
     teacher = nn.Conv2d(3, 3, 1, groups=3, bias=False)
     nn.init.constant_(teacher.weight, 0.5)

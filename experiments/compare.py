@@ -119,6 +119,8 @@ class Bench:
         if (flag, size) not in self.loaded:
             folder = self.original if flag == "original" else getattr(self.run.args, flag)
             if folder is None:                              # of the demo's teacher
+                if not self.has_original():
+                    raise ValueError("the training photos of this teacher are unknown")
                 parent = self.run.out / "demo" / self.run.args.task
                 write_demo_photos(parent, self.run.args.task, original=self.run.synth.images)
                 folder = parent / "original"
@@ -194,8 +196,9 @@ class Bench:
         return all((self.run.out / name / f"student-{seed}.json").exists()
                    for seed in range(first, first + seeds))
 
-    def students(self, name, images, seeds):
-        """Distils and evaluates one student per seed on images(). Returns the metrics of each."""
+    def students(self, name, images, seeds, train=None):
+        """Distils and evaluates one student per seed on images(). Returns the metrics of each.
+        train: in place of `Bench.train`, with the same arguments."""
         run, results, targets = self.variant(name), [], None
         images = None if self.is_finished(name, seeds) else images()
         for seed in range(run.args.seed, run.args.seed + seeds):
@@ -206,7 +209,7 @@ class Bench:
                     if images is not None and run.distill.keep_teacher and targets is None:
                         targets = list(teacher_outputs(run.teacher, images, run.device,
                                                        run.dtype))
-                    student, sample = self.train(run, images, targets, seed)
+                    student, sample = (train or self.train)(run, images, targets, seed)
                 save_restorer(student, path)
                 strip(sample, self.crop).save(run.out / "sample.png")
                 result = evaluate(student, run.pairs, tile=run.args.tile)
@@ -452,7 +455,7 @@ def write_demo_photos(folder, task, **counts):
     photos.write_photos(folder, d4ir.TASKS[task].weather, tuple(counts), **counts)
 
 
-def make_bench(arguments, original=None, many_photos=False, bench_class=Bench):
+def make_bench(arguments, original=None, many_photos=False):
     """The Bench for these flags of d4ir.py; by default, --out is runs/compare/TASK.
 
     original: folder of the teacher's training photos, degraded. many_photos: with the demo, as many
@@ -476,7 +479,7 @@ def make_bench(arguments, original=None, many_photos=False, bench_class=Bench):
     d4ir.write_demo_photos(run)
     if not run.pairs:
         raise ValueError(f"--test {args.test} has no ground truth")
-    return bench_class(run, original)
+    return Bench(run, original)
 
 
 def main(argv=None):

@@ -17,6 +17,7 @@ Takes the flags of experiments.compare and the images of its row `d4ir`; for `Re
 """
 import random
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import nn
 import d4ir
 from distill import Crops, learning_rate, to_device
 from experiments.common import make_parser, provenance, write_section
-from experiments.compare import Bench, make_bench, summary
+from experiments.compare import make_bench, summary
 
 
 def levels(net):
@@ -104,8 +105,8 @@ def train(teacher, student, mixers, loader, config, device, dtype, a, b):
             skips = {"student": states, "teacher": states_t}[name][k][1]
             with frozen_statistics(student) if name == "student" else nullcontext():
                 mixed = run_levels(nets[name], x, [(mixtures[name], skips)], k)
-        l1 = F.l1_loss(restored.float(), target)
-        loss = l1 + a * error + b * F.l1_loss(mixed.float(), target)
+        loss = (F.l1_loss(restored.float(), target) + a * error
+                + b * F.l1_loss(mixed.float(), target))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step / config.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -115,24 +116,19 @@ def train(teacher, student, mixers, loader, config, device, dtype, a, b):
     student.eval()
 
 
-class FeatureBench(Bench):
-    """A comparison with rows that are trained with features, features-A-B."""
-
-    def train(self, run, images, targets, seed):
-        if not run.out.name.startswith("features"):
-            return super().train(run, images, targets, seed)
-        torch.manual_seed(seed)
-        random.seed(seed)
-        student = run.new_student(self.crop)                # initialised as in the comparison
-        with torch.no_grad():
-            x = torch.zeros(1, 3, self.crop, self.crop)
-            channels = [[state[0].shape[1] for state in run_net(net.cpu(), x)[1][1:]]
-                        for net in (student, run.teacher)]
-        mixers = nn.ModuleList(map(Mixer, *channels))
-        loader = Crops(images, self.crop, run.distill.batch, targets, seed)
-        train(run.teacher, student, mixers, loader, run.distill, run.device, run.dtype,
-              *map(float, run.out.name.split("-")[1:]))
-        return student, images
+def feature_student(run, images, targets, seed, crop, a, b):
+    """`Bench.train` with features: the same initial student, batches and learning rates."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    student = run.new_student(crop)
+    with torch.no_grad():
+        x = torch.zeros(1, 3, crop, crop)
+        channels = [[state[0].shape[1] for state in run_net(net.cpu(), x)[1][1:]]
+                    for net in (student, run.teacher)]
+    mixers = nn.ModuleList(map(Mixer, *channels))
+    loader = Crops(images, crop, run.distill.batch, targets, seed)
+    train(run.teacher, student, mixers, loader, run.distill, run.device, run.dtype, a, b)
+    return student, images
 
 
 def main(argv=None):
@@ -140,9 +136,11 @@ def main(argv=None):
     parser.add_argument("-a", type=d4ir.number(float, 0), default=0.1, help="see above (0.1)")
     parser.add_argument("-b", type=d4ir.number(float, 0), default=0.1, help="see above (0.1)")
     own, rest = parser.parse_known_args(argv)
-    bench = make_bench(rest, bench_class=FeatureBench)
-    images, name = lambda: bench.images("d4ir"), f"features-{own.a:g}-{own.b:g}"
-    result = {row: summary(bench.students(row, images, own.seeds)) for row in ("d4ir", name)}
+    bench, name = make_bench(rest), f"features-{own.a:g}-{own.b:g}"
+    images = lambda: bench.images("d4ir")
+    train = partial(feature_student, crop=bench.crop, a=own.a, b=own.b)
+    result = {"d4ir": summary(bench.students("d4ir", images, own.seeds)),
+              name: summary(bench.students(name, images, own.seeds, train))}
     result |= provenance("features", argv) | {"seeds": own.seeds}
     write_section(own.results / "neighbours.json", f"{name}, {bench.run.args.task}", result)
 

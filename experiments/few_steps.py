@@ -3,9 +3,10 @@
     python -m experiments.few_steps --task desnow       # adds to results/neighbours.json
 
 TAD-SR (He et al. 2024, arXiv 2408.07476) distils a diffusion model for super-resolution into one
-step. Beside the distance to the model's own output, its student minimises the distance of scores
-after slight noise, since small timesteps show fine detail. A copy of the U-Net is trained on
-trajectories (z_ts, ..., z_0') of ten steps, with guidance and the prompt P, and of the anchor:
+step. Besides matching the model's output, its student matches the scores after slight noise, since
+small timesteps show fine detail. Here, a copy of the U-Net is trained on trajectories
+(z_ts, ..., z_0') of ten steps: guided ones with the prompt P and, if the anchor is on, unguided
+ones with the negative prompt:
 
     z_0^, eps^ = U(z_t, t, P);    z_next^ = alpha_next z_0^ + sigma_next eps^         one DDIM step
     loss = |z_next^ - z_next| + a |eps_theta(z^_t', t', P) - eps_theta(z_t', t', P)|
@@ -70,7 +71,7 @@ def trajectories(run, adapter, steps):
 
 
 def distil_unet(run, adapter, steps, weight):
-    """A copy of the run's Stable Diffusion whose U-Net needs `steps` steps without guidance."""
+    """A copy of the run's U-Net that needs `steps` steps and no guidance."""
     sd, device = run.sd, run.device
     timesteps, pairs = trajectories(run, adapter, steps)
     student = replace(sd, unet=copy.deepcopy(sd.unet).float(), dtype=torch.float32)
@@ -103,8 +104,18 @@ def distil_unet(run, adapter, steps, weight):
         last = 0.95 * last + 0.05 * float(loss.detach())
         if update % 50 == 49:
             run.log(f"few steps: update {update + 1}, loss {last:.4f}")
-    student.unet.requires_grad_(False).to(sd.dtype)
-    return replace(student, dtype=sd.dtype)
+    return student.unet.to(sd.dtype)
+
+
+def row(bench, name, adapter, seeds, **settings):
+    """The metrics of students on images made with these settings, and the speed of both."""
+    images = lambda: bench.synthesize(name, adapter, **settings)
+    metrics = summary(bench.students(name, images, seeds))
+    folder = bench.run.out / name
+    took = seconds(folder)
+    return metrics | read_gain(folder) | {
+        "images_per_s": bench.run.synth.images / took["synth"],
+        "unet_minutes": took.get("unet", 0) / 60}
 
 
 def main(argv=None):
@@ -114,29 +125,18 @@ def main(argv=None):
                         help="weight of the scores' distance (1)")
     own, rest = parser.parse_known_args(argv)
     bench = make_bench(rest)
-    run, steps = bench.run, own.evaluations
-    adapter = bench.adapter("d4ir")
+    run, steps, adapter = bench.run, own.evaluations, bench.adapter("d4ir")
     run.clean, run.degraded = (bench.photos(name, run.size) for name in ("clean", "degraded"))
     name = f"few-steps-{steps}-{own.time_aware:g}"
-    folder = bench.variant(name).out
-    few = dict(steps=steps, guidance=1.0, scheduler="ddim")
-    rows = {}
-    for row, settings in (("d4ir-steps-10", dict(steps=10)), (name, few)):
-        if row == name:
-            file = folder / "unet.safetensors"
-            if not file.exists():
-                torch.manual_seed(run.args.seed)
-                with timed(folder, "unet"):
-                    unet = distil_unet(run, adapter, steps, own.time_aware).unet
-                save_file({key: value.contiguous() for key, value in unet.state_dict().items()},
-                          file)
-            run.sd = replace(run.sd, unet=copy.deepcopy(run.sd.unet))
-            run.sd.unet.load_state_dict(load_file(file))
-        images = lambda: bench.synthesize(row, adapter, **settings)
-        rows[row] = summary(bench.students(row, images, own.seeds)) | read_gain(run.out / row)
-        took = seconds(run.out / row)
-        rows[row] |= {"images_per_s": run.synth.images / took["synth"],
-                      "unet_minutes": took.get("unet", 0) / 60}
+    rows = {"d4ir-steps-10": row(bench, "d4ir-steps-10", adapter, own.seeds, steps=10)}
+    file = bench.variant(name).out / "unet.safetensors"
+    if not file.exists():
+        torch.manual_seed(run.args.seed)
+        with timed(file.parent, "unet"):
+            weights = distil_unet(run, adapter, steps, own.time_aware).state_dict()
+        save_file({key: value.contiguous() for key, value in weights.items()}, file)
+    run.sd.unet.load_state_dict(load_file(file))
+    rows[name] = row(bench, name, adapter, own.seeds, steps=steps, guidance=1.0, scheduler="ddim")
     rows |= provenance("few_steps", argv) | {"seeds": own.seeds}
     write_section(own.results / "neighbours.json", f"{name}, {run.args.task}", rows)
 
