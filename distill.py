@@ -59,7 +59,7 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
     if teacher is not None:
         teacher.to(device).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.99),
-                                  weight_decay=1e-4)
+                                  weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     start, l1 = 0, None
     parts = dict(student=student, optimizer=optimizer, scaler=scaler)

@@ -180,7 +180,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     sd.unet.requires_grad_(False)
     adapter.to(device, memory_format=torch.channels_last).train()
     key_encoder = copy.deepcopy(adapter).requires_grad_(False)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.01,
+                                  fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=sd.dtype is torch.float16)
     generator = torch.Generator(device).manual_seed(seed)
     shape = config.queue, adapter.config["embedding"]

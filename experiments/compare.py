@@ -63,6 +63,8 @@ ROWS = {
     "gan": Row("GAN", "data-free adversarial distillation, experiments/gan.py"),
     "sd-text": Row("captions", "{captions} in place of the adapter's prompts",
                    lambda bench: bench.synthesize("sd-text", bench.captions())),
+    "sd-plain": Row("plain captions", "{plain} in place of the adapter's prompts",
+                    lambda bench: bench.synthesize("sd-plain", bench.captions(plain=True))),
     "sd-text-no-additions": Row(
         "captions without additions", "{captions} in place of the adapter's prompts; no additions",
         lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(),
@@ -95,13 +97,18 @@ SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.
 
 
 class Captions:
-    """Drop-in replacement for the adapter: the embeddings of a task's captions, in turn."""
+    """Drop-in replacement for the adapter: the embeddings of captions, in turn."""
 
-    def __init__(self, sd, task, tokens):
-        self.prompts = sd.text_prompt(list(d4ir.TASKS[task].captions), tokens)
+    def __init__(self, sd, captions, tokens):
+        self.prompts = sd.text_prompt(list(captions), tokens)
 
     def __call__(self, degraded):
         return self.prompts[torch.arange(len(degraded)) % len(self.prompts)]
+
+
+def plain_captions(task):
+    """Untuned captions, with the weather and nothing else."""
+    return [f"a photo in {weather}" for weather in d4ir.TASKS[task].weather]
 
 
 # ---------------------------------------------------------------- images and students of a row
@@ -155,8 +162,10 @@ class Bench:
                 d4ir.adapter_stage(run)
         return load_adapter(path, run.device)
 
-    def captions(self):
-        return Captions(self.run.sd, self.run.args.task, self.run.adapter.tokens)
+    def captions(self, plain=False):
+        task = self.run.args.task
+        captions = plain_captions(task) if plain else d4ir.TASKS[task].captions
+        return Captions(self.run.sd, captions, self.run.adapter.tokens)
 
     def synthesize(self, name, adapter, clean=None, degraded=None, **settings):
         """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
@@ -320,9 +329,10 @@ def compare(bench, names, seeds):
         took = {key: shared[key] for key in row.reuses if key in shared} | own
         per_student = statistics.fmean(took[key] for key in took if key.startswith("student"))
         total = per_student + took.get("adapter", 0) + took.get("synth", 0)
-        captions = ", ".join(map(repr, d4ir.TASKS[run.args.task].captions))
-        stats |= {"minutes": total / 60,
-                  "note": row.note.format(captions=captions, **asdict(run.synth))}
+        quoted = {"captions": d4ir.TASKS[run.args.task].captions,
+                  "plain": plain_captions(run.args.task)}
+        quoted = {key: ", ".join(map(repr, texts)) for key, texts in quoted.items()}
+        stats |= {"minutes": total / 60, "note": row.note.format(**quoted, **asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats | read_gain(run.out / name))
