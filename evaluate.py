@@ -333,7 +333,7 @@ class Pair:
 
 
 def find_pairs(folder):
-    """The pairs of a benchmark in any of the usual layouts (README).
+    """The pairs of a benchmark in any of the usual layouts (see DEGRADED, TRUTH and RULES).
 
     folder: the benchmark's root, or the folder of its degraded photos or of its ground truths.
     Returns a list of Pair, of all sets at most three levels below the root; an empty list if the
