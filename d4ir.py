@@ -339,8 +339,8 @@ def make_parser():
         help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
         help="pad the input of a FILE.py network to a multiple of N px (1)")
-    add("--student-width", type=number(int, 1), metavar="N",
-        help="channels of the student (half the teacher's; 24 for a FILE.py teacher)")
+    add("--student-width", type=number(int, 1), default=16, metavar="N",
+        help="channels of the student at its first level (16)")
     add("--student-block", choices=("residual", "nafnet"), default="residual",
         help="blocks of the student: nafnet is slower, with fewer parameters (residual)")
     add("--test", type=Path, metavar="DIR", help="paired benchmark folder (the demo's)")
@@ -549,8 +549,8 @@ def check_inputs(run):
 
 
 def check_teacher(run):
-    """Raises ValueError if the teacher fails on an image with odd sides, in float32 or --precision.
-    Sets the student's width."""
+    """Raises ValueError if the teacher fails on an image with odd sides, in float32 or in
+    --precision."""
     args, teacher = run.args, run.teacher
     x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)
     with torch.no_grad():
@@ -566,8 +566,6 @@ def check_teacher(run):
         if not output.isfinite().all():
             raise ValueError(f"--teacher {args.teacher}: in {precision}, its output for a test "
                              "image is not finite")
-    half = teacher.config["width"] // 2 if isinstance(teacher, Restorer) else 24
-    args.student_width = args.student_width or max(1, half)
 
 
 def check_diffusion(run):

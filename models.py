@@ -111,7 +111,7 @@ class Restorer(nn.Module):
     Raises ValueError for another block, or if encoder and decoder have different numbers of levels.
     """
 
-    def __init__(self, width=32, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1), window=0,
+    def __init__(self, width=16, encoder=(2, 2, 2), middle=1, decoder=(2, 2, 2), window=0,
                  block="nafnet", norm=False):
         super().__init__()
         if block not in ("nafnet", "residual"):

@@ -358,7 +358,8 @@ def train_teacher(config, work, device, autocast):
     photos, _ = render_split(work / "original", "original", config.teacher_photos, KINDS,
                              config.size, with_clean=True)
     torch.manual_seed(config.seed)
-    teacher = Restorer(width=40, window=config.teacher_crop)
+    teacher = Restorer(40, encoder=(1, 1, 2), middle=2, decoder=(1, 1, 1),
+                       window=config.teacher_crop)
     trainer = Trainer("teacher", {"teacher": teacher}, config.teacher_lr, config.teacher_steps,
                       work, config, device)
     rng = np.random.default_rng([config.seed, trainer.start])
