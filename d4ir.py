@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torchvision
 import transformers
 from safetensors import SafetensorError
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from distill import Crops, DistillConfig, distill, on_disk, teacher_outputs
@@ -82,7 +82,8 @@ PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt", "adapter.png", "log
             "synth": ("synth.png", "synth"),
             "distill": ("student.safetensors", "student.pt", "losses.png", "student.pt2",
                         "student.onnx"),
-            "evaluate": ("metrics.json", "metrics.md", "metrics.csv", "figure.png", "restored")}
+            "evaluate": ("metrics.json", "metrics.md", "metrics.csv", "figure.png", "restored",
+                         "input.json", "teacher.json", "student.json")}
 
 
 # ---------------------------------------------------------------- the method: four stages
@@ -117,7 +118,7 @@ def adapter_stage(run):
         torch.manual_seed(run.args.seed)
         base = base_prompt(run)
         adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
-        loader = CropPairs(run.degraded, sd, run.size, config.batch, seed)
+        loader = CropPairs(run.degraded, sd, config.crop or run.size, config.batch, seed)
         train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
                       log=run.log_losses)
     if run.is_main:
@@ -163,6 +164,7 @@ def distill_stage(run):
         plot_losses(run.out / "log.jsonl", run.out / "losses.png")
         save_restorer(student, run.out / "student.safetensors")
         (run.out / "student.pt").unlink(missing_ok=True)
+    del images, targets, loader                             # Windows deletes no mapped files
     for file in run.out.glob(f"*-{run.rank}.tmp"):
         file.unlink()
     run.barrier()
@@ -178,13 +180,19 @@ def evaluate_stage(run):
                 f"{run.out / 'restored'}")
         return restore_folder(student, args.test, run.out / "restored", args.tile)
     models = {"input": None, "teacher": run.teacher, "student": student}
-    results = {name: evaluate(model, run.pairs, tile=args.tile, label=name)
-               for name, model in models.items()}
+    results, files = {}, {name: run.out / f"{name}.json" for name in models}
+    for name, model in models.items():                      # written one by one, for a resume
+        if not files[name].exists():
+            result = evaluate(model, run.pairs, tile=args.tile, label=name)
+            write_text(files[name], json.dumps(result))
+        results[name] = json.loads(files[name].read_text(encoding="utf-8"))
     metrics = {"task": args.task} | report(models, results, run.pairs) | {"tile": args.tile}
     write_csv(results, run.pairs, run.out / "metrics.csv")
     comparison_figure(models, run.pairs, run.out / "figure.png", args.tile)
     write_text(run.out / "metrics.md", table(metrics))
     write_text(run.out / "metrics.json", json.dumps(metrics, indent=2))
+    for file in files.values():
+        file.unlink()
     run.log(table(metrics))
 
 
@@ -231,7 +239,7 @@ def load_photos(folder, size, run, flag):
             small.append(file)
         return fit_photo(photo, run.args.photo_size, size)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         photos = list(tqdm(threads.map(load, files), flag[2:], len(files), disable=None))
     photos = [photo for photo in photos if photo is not None]
     if not photos:
@@ -243,15 +251,15 @@ def load_photos(folder, size, run, flag):
 
 
 def fit_photo(photo, longest, crop):
-    """A photo (3,H,W), reduced to `longest` px if its longer side is longer, and enlarged to `crop`
-    px if its shorter side would be shorter."""
+    """A photo (3,H,W), reduced to `longest` px if its longer side is longer, but not below `crop`
+    px of its shorter side; smaller photos are enlarged to that. Of a narrow strip, whose longer
+    side would then exceed `longest`, the middle is kept."""
     height, width = photo.shape[1:]
-    scale = min(1, longest / max(height, width))
-    scale = max(scale, crop / min(height, width))
-    if scale == 1:
-        return photo
-    sides = [max(crop, round(scale * side)) for side in (height, width)]
-    return resize(photo, sides, antialias=True)
+    scale = max(min(1, longest / max(height, width)), crop / min(height, width))
+    limit = math.ceil(longest / scale)
+    photo = center_crop(photo, [min(height, limit), min(width, limit)])
+    sides = [min(max(crop, round(scale * side)), longest) for side in photo.shape[1:]]
+    return photo if sides == list(photo.shape[1:]) else resize(photo, sides, antialias=True)
 
 
 def restore(run):
@@ -451,7 +459,7 @@ class Run:
 
     @property
     def size(self):
-        """px, side of the synthesized images and of the adapter's crops."""
+        """px, side of the synthesized images."""
         return self.args.size or self.sd.size
 
     def release(self, *names):
@@ -522,7 +530,7 @@ def absolute(path):
     """A path as a string, absolute if it exists; hub ids and None stay as they are."""
     if path is None:
         return None
-    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+    return os.path.realpath(path) if os.path.exists(path) else str(path)
 
 
 def check_inputs(run):
@@ -538,6 +546,9 @@ def check_inputs(run):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{name} {folder}: no such folder")
+        if folder is not None and folder.resolve() in args.out.resolve().parents:
+            raise ValueError(f"--out {args.out} is inside --{name} {folder}, and its images would "
+                             "be read as photos: choose another --out")
         if folder is not None and name != "test" and not list_images(folder, recursive=True):
             raise ValueError(f"--{name} {folder}: no image file (png, jpg, bmp, webp, tif)")
     if args.test:
@@ -574,12 +585,15 @@ def check_diffusion(run):
     args, sd, size = run.args, run.sd, run.size
     choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
     sd.null_prompt(args.tokens)
-    if size % (8 * sd.factor):
-        raise ValueError(f"--size must be a multiple of {8 * sd.factor} px, not {size}")
+    for flag, side in (("--size", size), ("--adapter-crop", args.adapter_crop)):
+        if side % (8 * sd.factor):
+            raise ValueError(f"{flag} must be a multiple of {8 * sd.factor} px, not {side}")
     if args.photo_size < size:
         raise ValueError(f"--photo-size {args.photo_size} is smaller than the images, {size} px")
-    if args.distill_crop > size:
-        raise ValueError(f"--distill-crop {args.distill_crop} is larger than the images, {size} px")
+    for flag in ("adapter_crop", "distill_crop"):
+        if getattr(args, flag) > size:
+            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)} is larger than the images, "
+                             f"{size} px")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
@@ -623,7 +637,8 @@ def check_run_folder(run):
     if run.is_main:
         run.out.mkdir(parents=True, exist_ok=True)
         run.lock = lock_folder(run.out)
-        for path in (run.out / name for stage in redo for name in PRODUCTS[stage]):
+        # Last stage first: a kill in between must not leave an old student beside a new adapter.
+        for path in (run.out / name for stage in reversed(redo) for name in PRODUCTS[stage]):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -695,7 +710,7 @@ def write_demo_photos(run):
 
 def write_text(path, text):
     """Writes a text file under a temporary name first."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(f"{path}.tmp", path)
 
 
@@ -715,6 +730,8 @@ def run_command(main):
     with 130 and 143."""
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):                 # for file names in any encoding
+        stream.reconfigure(errors="backslashreplace")
     silence_libraries()
     huggingface_hub.utils.enable_progress_bars()            # for downloads
     try:

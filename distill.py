@@ -236,6 +236,8 @@ def load_state(path, device):
     """Reads a checkpoint. Raises ValueError, with the path, if it is damaged."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except (torch.OutOfMemoryError, OSError):                   # the file may be intact
+        raise
     except Exception as error:                                  # torch raises many types
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it to start this "

@@ -21,11 +21,11 @@ import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,10 +71,14 @@ def ssim(a, b):
     a, b = check_images(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs at least 11x11 px, not {tuple(a.shape[-2:])}")
-    ramp = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
-    window = torch.exp(-ramp ** 2 / (2 * 1.5 ** 2))
-    window = (window / window.sum()).view(1, 1, 1, 11)
-    blur = lambda x: F.conv2d(F.conv2d(x, window), window.mT)               # (B,1,H-10,W-10)
+    window = [math.exp(-i ** 2 / (2 * 1.5 ** 2)) for i in range(-5, 6)]
+
+    def blur(x):                                           # (B,1,H,W) to (B,1,H-10,W-10)
+        for dim in (-2, -1):
+            length = x.shape[dim] - 10
+            x = sum(w / sum(window) * x.narrow(dim, i, length) for i, w in enumerate(window))
+        return x
+
     c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
     for x, y in zip(levels(a).split(1, 1), levels(b).split(1, 1)):          # by channel: memory
         x, y = x.double(), y.double()                                       # (B,1,H,W)
@@ -108,9 +112,10 @@ def evaluate(model, pairs, *, tile=1024, label="evaluate"):
     over the photos; how many ground truths were centre-cropped; the metrics of each photo.
     Raises ValueError if there are no pairs.
     """
-    rows, cropped = [], 0
+    rows, cropped, device = [], 0, "cpu" if model is None else device_of(model)
     for pair in tqdm(pairs, label, disable=None):
         degraded, truth, was_cropped = pair.read()
+        degraded, truth = degraded.to(device), truth.to(device)     # metrics run there, too
         output = degraded if model is None else restore(model, degraded, tile)
         rows.append(measure(output, truth))
         cropped += was_cropped
@@ -133,7 +138,7 @@ def restore(model, image, tile=1024, overlap=64):
     tile: a photo with a longer side, px, is restored in overlapping tiles, blended linearly; 0:
       always whole. overlap: px, at most a quarter of the tile.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def run(x):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # no TF32, as on a CPU
@@ -151,6 +156,11 @@ def restore(model, image, tile=1024, overlap=64):
             output[:, top:bottom, left:right] += run(image[:, top:bottom, left:right]) * fade
             weight[:, top:bottom, left:right] += fade
     return output.div_(weight)
+
+
+def device_of(model):
+    """The device of a model's weights; the CPU if it has none."""
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
 def spans(length, tile, overlap):
@@ -214,7 +224,7 @@ def cost(model, size=256, runs=5):
     matrix products and attention; median milliseconds; peak MB of weights and activations, without
     the temporary memory of libraries such as cuDNN.
     """
-    x = torch.rand(1, 3, size, size, device=next(model.parameters()).device)
+    x = torch.rand(1, 3, size, size, device=device_of(model))
     x = x.contiguous(memory_format=torch.channels_last)
     flops, times = flop_counter(), []
     memory = LiveTensors([x, *model.parameters(), *model.buffers()])
@@ -303,12 +313,16 @@ def read_image(path):
 def list_images(folder, recursive=False):
     """The image files in a folder in natural order (2.png before 10.png), without hidden files and
     folders."""
-    images = []
-    for path in Path(folder).rglob("*") if recursive else Path(folder).iterdir():
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in EXTENSIONS and not hidden and path.is_file():
-            images.append(path)
-    natural = lambda path: [int(part) if part.isdigit() else part
+    images, visited = [], set()
+    for path, subfolders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in visited:              # through a link
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(path))
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        images += [Path(path, name) for name in names if not name.startswith(".")
+                   and os.path.splitext(name)[1].lower() in EXTENSIONS]
+    natural = lambda path: [int(part) if part.isdecimal() else part
                             for part in re.split(r"(\d+)", str(path))]
     return sorted(images, key=natural)
 
@@ -430,9 +444,8 @@ def report(models, results, pairs):
                 name: means([result["images"][i] for i in chosen])
                 for name, result in results.items()}
             for set_name, chosen in sets.items()}
-    device = next(models["student"].parameters()).device.type
     metrics["definitions"] = DEFINITIONS
-    metrics["cost_at"] = f"256x256, batch 1, float32, on {device}"
+    metrics["cost_at"] = f"256x256, batch 1, float32, on {device_of(models['student']).type}"
     cropped = results["input"]["cropped"]
     if cropped:
         metrics["note"] = f"The truths of {cropped} photos were larger and were centre-cropped."
@@ -473,7 +486,7 @@ def write_csv(results, pairs, path):
 
     results: {name: what `evaluate` returned}, over the same list of Pair.
     """
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "image"] + [f"{name}_{key}" for name in results for key in METRICS])
         for i, pair in enumerate(pairs):
@@ -495,7 +508,7 @@ def comparison_figure(models, pairs, path, tile=1024):
         for name, model in models.items():
             images[name] = degraded if model is None else restore(model, degraded, tile)
         for name, image in images.items():
-            large = max(image.shape) > 512
+            large = max(image.shape) > 512                 # saves memory
             columns[name].append(resize(image, 256, antialias=True) if large else image)
     figure(columns, path)
 
@@ -505,7 +518,8 @@ def figure(columns, path, side=256):
     scaled to fit into side x side px."""
     def fit(image):
         picture = to_pil_image(levels(image).byte().cpu())
-        return ImageOps.contain(picture, (side, side), Image.NEAREST)
+        sharp = max(picture.size) <= side                  # keeps pixels visible
+        return ImageOps.contain(picture, (side, side), Image.NEAREST if sharp else Image.BOX)
 
     rows = [[fit(image) for image in row] for row in zip(*columns.values())]
     heights = [4 + max(picture.height for picture in row) for row in rows]

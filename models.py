@@ -221,7 +221,7 @@ class StableDiffusion:
         if image.shape[-1] % self.factor or image.shape[-2] % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, "
                              f"not {tuple(image.shape[-2:])}")
-        image = image.to(self.device, self.dtype, memory_format=torch.channels_last) * 2 - 1
+        image = (image.to(self.device) * 2 - 1).to(self.dtype, memory_format=torch.channels_last)
         z = self.vae.encode(image).latent_dist.mode().float()
         return z * self.vae.config.scaling_factor
 
@@ -448,7 +448,7 @@ def build_network(file, name, arguments):
     except ModuleNotFoundError as error:
         raise ValueError(f"{file}: {first_line(error)}: install it, or remove the import if the "
                          "network does not use it") from error
-    except Exception as error:                             # third-party code may raise anything
+    except (Exception, SystemExit) as error:               # third-party code may raise anything
         raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
                          f"{first_line(error)}") from error
     if not isinstance(network, nn.Module):
@@ -500,9 +500,10 @@ def read_weights(path):
         is_safetensors = path.suffix == ".safetensors"
         state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, because it holds more than tensors and plain values, "
-                         "and reading it could run code; save its state_dict alone "
-                         f"({first_line(error)})") from None
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path}: refused, because it holds more than tensors and plain values "
+                         f"({kind[1] if kind else 'unknown'}), and reading it could run code; save "
+                         "its state_dict alone") from None
     except Exception as error:                             # zip, pickle and safetensors errors
         raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     for key in ("params_ema", "params", "state_dict", "model"):
@@ -511,7 +512,8 @@ def read_weights(path):
     entries = state.items() if isinstance(state, dict) else ()
     tensors = {str(key): value for key, value in entries if torch.is_tensor(value)}
     if not tensors:
-        raise ValueError(f"{path}: contains no state_dict")
+        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else "not a dict"
+        raise ValueError(f"{path}: contains no state_dict ({names})")
     return tensors
 
 
@@ -543,6 +545,8 @@ def find_prefix(state, expected):
 
 def has_bf16(device):
     """Whether a device computes bf16 in hardware; emulated bf16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
     return device.type != "cpu" or any(cpu.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
 

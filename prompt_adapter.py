@@ -41,6 +41,7 @@ class AdapterConfig:
     tokens: int = 0             # N, tokens per prompt; 0: as many as the text encoder's
     steps: int = 3000           # updates
     batch: int = 16             # photos per update and process, two crops of each
+    crop: int = 0               # px, side of the crops; 0: that of the synthesized images
     lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
     temperature: float = 0.2    # tau (MoCo v2: 0.2)
@@ -61,6 +62,8 @@ class AdapterConfig:
             raise ValueError(f"the queue ({self.queue}) must hold a batch ({self.batch})")
         if not 0 < self.t_max <= 1:
             raise ValueError(f"t_max must be in (0, 1], not {self.t_max}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {self.momentum}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
 
@@ -380,6 +383,8 @@ def load_state(path, device):
     """Reads a checkpoint. Raises ValueError, with the path, if it is damaged."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except (torch.OutOfMemoryError, OSError):                   # the file may be intact
+        raise
     except Exception as error:                                  # torch raises many types
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); delete it to start this "

@@ -242,7 +242,8 @@ def test_adapter_settings_are_checked(sd):
     with pytest.raises(ValueError, match="empty"):
         prompt_adapter.train_adapter(adapter, sd, [], prompt_adapter.AdapterConfig())
     for settings, message in (({"batch": 1}, "batch"), ({"queue": 2}, "queue"),
-                              ({"t_max": 1.5}, "t_max"), ({"temperature": 0.0}, "temperature")):
+                              ({"t_max": 1.5}, "t_max"), ({"temperature": 0.0}, "temperature"),
+                              ({"momentum": 1.0}, "momentum")):
         with pytest.raises(ValueError, match=message):
             prompt_adapter.AdapterConfig(**settings)
 
@@ -1517,11 +1518,12 @@ def test_own_photos(own_photos, tmp_path):
 
 
 def test_photos_are_reduced_to_their_longer_side(tmp_path):
-    """But never below the crop; smaller ones are enlarged to it."""
+    """But never below the crop; smaller ones are enlarged to it, and strips are cut."""
     picture = lambda height, width: torch.zeros(3, height, width, dtype=torch.uint8)
     for size, fitted in (((3000, 2000), (300, 200)), ((2000, 4000), (150, 300)),
-                         ((4000, 1000), (400, 100)), ((200, 300), (200, 300)),
-                         ((50, 70), (100, 140)), ((50, 900), (100, 1800))):
+                         ((4000, 1000), (300, 100)), ((200, 300), (200, 300)),
+                         ((50, 70), (100, 140)), ((100, 900), (100, 300)),
+                         ((2, 9000), (100, 300))):
         assert d4ir.fit_photo(picture(*size), 300, 100).shape == (3, *fitted), size
         turned = d4ir.fit_photo(picture(*size[::-1]), 300, 100)
         assert turned.shape == (3, *fitted[::-1])
@@ -1626,6 +1628,8 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
              (["--sd", folders / "bad"], "no Stable Diffusion"),
              (["--strength", "0"], "strength"), (["--tokens", "99"], "tokens"),
              (["--steps", "999"], "steps must be"), (["--size", "60"], "multiple of 16"),
+             (["--adapter-crop", "60"], "--adapter-crop must be a multiple of 16 px, not 60"),
+             (["--adapter-crop", "112"], "--adapter-crop 112 is larger than the images, 96 px"),
              (["--scheduler", "euler"], "ddim"), (["--device", "tpu"], "--device tpu"),
              (["--stage", "distill"], "run --stage synth first"),
              (["--distill-crop", "999"], "larger than the images, 96 px"),

@@ -238,12 +238,12 @@ def img2img(run, scheduler, prompt, batch, evaluations, **networks):
 
 
 def adapter_step(run):
-    """Against encoding in every step, gradients of the U-Net's weights, and float32."""
+    """Against encoding in every step, gradients of the U-Net's weights, larger crops, float32."""
     config, size, photos = run.adapter, run.size, random_photos(run.adapter.batch, 2 * run.size)
-    sd = TrainableUNet(load_stable_diffusion(run.args.sd, run.device))
-    ours = adapter_training(run.sd, config, CropPairs(photos, run.sd, size, config.batch))
+    sd, crop = TrainableUNet(load_stable_diffusion(run.args.sd, run.device)), config.crop or size
+    ours = adapter_training(run.sd, config, CropPairs(photos, run.sd, crop, config.batch))
     alternative = adapter_training(sd, config, EncodedEveryStep(photos, sd, size, config.batch))
-    alternative.settings |= dict(latents="encoded in every step", unet="left trainable")
+    alternative.settings |= dict(latents="encoded in every step", unet="left trainable", crop=size)
     return ours, alternative
 
 
