@@ -1155,6 +1155,38 @@ def test_list_images_sorts_numbers_and_ignores_hidden_files(tmp_path):
     assert evaluate.list_images(tmp_path) == []
 
 
+def test_list_images_follows_links_once(tmp_path):
+    for name in ("photos/12²3.png", "elsewhere/a.png"):
+        save(photo(0, 8, 8), tmp_path / name)
+    (tmp_path / "photos/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "photos")
+    names = [path.name for path in evaluate.list_images(tmp_path / "photos", recursive=True)]
+    assert names == ["12²3.png", "a.png"]
+    assert len(evaluate.list_images(tmp_path / "photos")) == 1
+
+
+def test_an_interrupted_evaluation_resumes(demo_run, tmp_path, monkeypatch):
+    """Models that were evaluated before a kill are not evaluated again."""
+    shutil.copytree(demo_run[0], tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink()
+    evaluated, original = [], evaluate.evaluate
+
+    def stop_at_student(model, pairs, *, tile, label):
+        evaluated.append(label)
+        if evaluated == ["input", "teacher", "student"]:
+            raise KeyboardInterrupt
+        return original(model, pairs, tile=tile, label=label)
+
+    monkeypatch.setattr(d4ir, "evaluate", stop_at_student)
+    command = ["--task", "desnow", "--out", str(tmp_path / "run"), *TINY]
+    with pytest.raises(KeyboardInterrupt):
+        d4ir.main(command)
+    d4ir.main(command)
+    assert evaluated == ["input", "teacher", "student", "student"]
+    assert (tmp_path / "run/metrics.json").exists()
+    assert not (tmp_path / "run/teacher.json").exists()
+
+
 def test_tiles_cover_a_photo_and_fade():
     for length, tile, overlap in ((100, 30, 8), (1000, 512, 64), (513, 512, 64), (30, 30, 8),
                                   (7, 30, 8)):
