@@ -312,12 +312,13 @@ def to_flag(name):
     return "--" + name.replace("_", "-")
 
 
-def number(kind, least):
-    """An argparse type: a finite int or float of at least `least`."""
+def number(kind, least, most=sys.maxsize):
+    """An argparse type: an int or float from `least` to `most`."""
     def convert(text):
         value = kind(text)
-        if not (math.isfinite(value) and value >= least):
-            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, not {text}")
+        if not least <= value <= most:                      # also for nan
+            limits = f"at least {least}" if value < least else f"finite and at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
         return value
     convert.__name__ = kind.__name__                        # for argparse's own message
     return convert
@@ -362,7 +363,7 @@ def make_parser():
     add("--precision", choices=DTYPES,
         help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a CPU "
              "without bf16 instructions)")
-    add("--seed", type=number(int, 0), default=0, help="random seed (0)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="random seed (0)")
     add("--tile", type=number(int, 0), default=1024, metavar="PX",
         help="restore larger photos in overlapping tiles of this size; 0: never (1024)")
     add("--input", type=Path, metavar="PATH", help="restore: a photo or a folder of photos")

@@ -1683,6 +1683,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
                                ([*task, "--distill-lr", "inf"], "finite"),
                                ([*task, "--guidance", "nan"], "finite"),
                                ([*task, "--seed", "-1"], "at least 0"),
+                               ([*task, "--seed", str(2 ** 32)], "at most 4294967295"),
                                ([*task, "--no-additions", "--anchor"], "combined with --anchor"),
                                ([*task, "--stage", "restore"], "--input"),
                                ([*task, "--stage", "export", "synth"], "cannot be combined")):

@@ -140,7 +140,8 @@ def main(argv=None):
     tasks = [(photo_number(run, i) if own.source == "d4ir" else i) % TASKS
              for i in range(len(images))]                   # photos alternate between tasks
     shared = bench.students(own.source, lambda: images, own.seeds)
-    results = [low_rank_student(bench, images, tasks, own.rank, seed) for seed in range(own.seeds)]
+    results = [low_rank_student(bench, images, tasks, own.rank, seed)
+               for seed in range(run.args.seed, run.args.seed + own.seeds)]
     result = {"shared": summary(shared), "low rank": summary(results)}
     result |= provenance("low_rank", argv) | {"seeds": own.seeds}
     write_section(own.results / "neighbours.json", f"low rank {own.rank:g}, {own.source}", result)
