@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -42,11 +43,12 @@ from tqdm import tqdm
 
 from distill import Crops, DistillConfig, distill, on_disk, teacher_outputs
 from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_images, plot_losses,
-                      read_image, report, restore_folder, table, write_csv)
+                      read_image, report, restore as restore_photo, restore_folder, table,
+                      write_csv)
 from models import (Restorer, export_restorer, first_line, has_bf16, load_restorer,
                     load_stable_diffusion, save_restorer)
-from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, save_adapter,
-                            train_adapter)
+from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, residuals,
+                            save_adapter, text_span, train_adapter)
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
 
 try:
@@ -66,15 +68,28 @@ class Task:
     weather: tuple                      # kinds of weather in the demo's photos
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
     demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
+    phrases: tuple = ()                 # addition span: see `variations`
 
+    def variations(self):
+        """Captions with one phrase of each group, in all combinations."""
+        return [", ".join(words) for groups in self.phrases for words in product(*groups)]
+
+
+SLANTS = "falling straight", "blown to the left", "blown to the right"
+RAIN = (("a photo in light rain", "a photo in moderate rain", "a photo in heavy rain"),
+        ("short streaks", "medium streaks", "long streaks"), ("faint", "clear", "bright"), SLANTS)
+SNOW = (("a photo in light snow", "a photo in moderate snow", "a photo in heavy snow"),
+        ("small flakes", "medium flakes", "large flakes"), SLANTS)
+HAZE = (("a photo in light haze", "a photo in moderate haze", "a photo in heavy haze"),
+        ("dark air", "grey air", "bright air"))
 
 TASKS = {
-    "derain": Task(("a photo in heavy rain",), ("rain",)),
+    "derain": Task(("a photo in heavy rain",), ("rain",), phrases=(RAIN,)),
     "dehaze": Task(("a photo in heavy haze",), ("haze",), dict(guidance=8.0),
-                   demo_additions=False),
-    "desnow": Task(("a photo in heavy snow",), ("snow",)),
+                   demo_additions=False, phrases=(HAZE,)),
+    "desnow": Task(("a photo in heavy snow",), ("snow",), phrases=(SNOW,)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
-                ("haze", "rain", "snow"), dict(distill_steps=4500)),
+                ("haze", "rain", "snow"), dict(distill_steps=4500), phrases=(RAIN, HAZE, SNOW)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Files of each stage in the run folder; the first one exists once the stage is finished.
@@ -117,8 +132,11 @@ def adapter_stage(run):
     else:
         torch.manual_seed(run.args.seed)
         base = base_prompt(run)
-        adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
-        loader = CropPairs(run.degraded, sd, config.crop or run.size, config.batch, seed)
+        span = caption_span(run) if config.span else 0              # addition
+        adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base,
+                                residual=config.residual, span=span)
+        loader = CropPairs(run.degraded, sd, config.crop or run.size, config.batch, seed,
+                           inputs=run.adapter_inputs(adapter))
         train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
                       log=run.log_losses)
     if run.is_main:
@@ -131,7 +149,7 @@ def adapter_stage(run):
 def synth_stage(run):
     """CCD: synthesizes degraded photos from clean ones with those prompts."""
     adapter, folder = load_adapter(run.out / "adapter.safetensors", run.device), run.out / "synth"
-    synthesize_folder(run.clean, run.degraded, adapter, run.sd, run.synth, folder,
+    synthesize_folder(run.clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth, folder,
                       seed=run.args.seed, rank=run.rank, ranks=run.ranks)
     run.barrier()
     if run.is_main:
@@ -146,7 +164,7 @@ def synth_stage(run):
 
 def distill_stage(run):
     """PKD: trains the student on the teacher's outputs for the synthesized photos."""
-    run.release("sd", "clean", "degraded")
+    run.release("sd", "clean", "degraded", "residuals")
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
@@ -208,19 +226,26 @@ def base_prompt(run):
     return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
 
 
+def caption_span(run):
+    """Addition `span`: the main directions (K,N,d) among captions of the task's weather."""
+    captions = TASKS[run.args.task].variations()
+    return text_span(run.sd.text_prompt(captions, run.adapter.tokens), run.adapter.span)
+
+
 def adapter_figure(run, adapter):
     """adapter.png: the same clean photo and noise, denoised with the base prompt and with the
     prompts of several degraded photos."""
     seed = run.args.seed
     degraded = draw_crops(run.degraded, run.size, seed, range(5), 1)            # (5,3,H,W)
+    inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, range(5), 1)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
 
     def images(prompter):
-        return [synthesize_photos(clean, x_d[None], prompter, run.sd, run.synth,
-                                 torch.Generator().manual_seed(seed))[0] for x_d in degraded]
+        return [synthesize_photos(clean, x[None], prompter, run.sd, run.synth,
+                                 torch.Generator().manual_seed(seed))[0] for x in inputs]
 
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
-            "from the base prompt": images(lambda x_d: adapter.base),
+            "from the base prompt": images(lambda x: adapter.base),
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
 
 
@@ -450,6 +475,15 @@ class Run:
         return load_photos(self.args.degraded, self.size, self, "--degraded")
 
     @cached_property
+    def residuals(self):
+        """Addition: what the teacher removes from each degraded photo."""
+        return residuals(self.degraded, lambda x: restore_photo(self.teacher, x, self.args.tile))
+
+    def adapter_inputs(self, adapter):
+        """What an adapter sees of the degraded photos: themselves or, addition, their residuals."""
+        return self.residuals if adapter.config["residual"] else self.degraded
+
+    @cached_property
     def pairs(self):
         return find_pairs(self.args.test)
 
@@ -504,6 +538,8 @@ class Run:
         adapter = dict(task=args.task, precision=args.precision, seed=args.seed,
                        sd=absolute(args.sd), degraded=absolute(args.degraded), size=args.size,
                        photo_size=args.photo_size, adapter_sha256=adapter_sha256)
+        if self.adapter.residual or args.adapter_file:      # the adapter's input depends on it
+            adapter |= dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple)
         synth = dict(clean=absolute(args.clean), photo_size=args.photo_size)
         distill = dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple,
                        student_width=args.student_width, student_block=args.student_block)

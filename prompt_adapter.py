@@ -48,24 +48,26 @@ class AdapterConfig:
     queue: int = 512            # number of negatives
     momentum: float = 0.99      # of the key encoder (MoCo: 0.999, for longer schedules)
     save_every: int = 50        # updates between reports, which also write a checkpoint
-    t_max: float = 1.0          # addition: train on noise levels below t_max * T only; off: 1
-    jitter: float = 0.0         # addition: random contrast and tint of the adapter's input; off: 0
+    residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
+    weather_weight: float = 0.0  # addition: a latent's diffusion loss counts 1 + this * |residual|
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
     caption_base: bool = False  # addition: prompts are centred on a caption's embedding
+    span: int = 0               # addition: prompts vary along so many directions between captions
 
-    ADDITIONS = {"t_max": 1.0, "jitter": 0.0, "cross_crop": False, "caption_base": False}
+    ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False,
+                 "caption_base": False, "span": 0}
 
     def __post_init__(self):
         if self.batch < 2:
             raise ValueError(f"the adapter's batch must be at least 2, not {self.batch}")
         if self.queue < self.batch:
             raise ValueError(f"the queue ({self.queue}) must hold a batch ({self.batch})")
-        if not 0 < self.t_max <= 1:
-            raise ValueError(f"t_max must be in (0, 1], not {self.t_max}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), not {self.momentum}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
+        if self.weather_weight and not self.residual:
+            raise ValueError("weather_weight needs residual: also set weather_weight to 0")
 
     def active_additions(self):
         """Names of the additions that are switched on."""
@@ -78,43 +80,57 @@ class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
     Three convolutional scales, each summarised by the mean and standard deviation of its features
-    over the photo, because degradation is roughly uniform and content is not. Then an MLP.
+    over the photo, because degradation is roughly uniform and content is not. These statistics are
+    standardised, and an MLP turns them into prompts and embeddings.
 
     width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
-    an untrained adapter gives for every photo (zeros). centered: addition, see `centering`.
-    Raises ValueError for a base of another shape.
+    an untrained adapter gives for every photo (zeros).
+    Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
+    x_d itself. span: (K,N,d), see `text_span`; then P = base + sum_k c_k span_k. A number K in its
+    place leaves the span to `load_state_dict`.
+    Raises ValueError for a base or span of another shape.
     """
 
-    def __init__(self, width, tokens, channels=32, embedding=128, base=None, centered=False):
+    def __init__(self, width, tokens, channels=32, embedding=128, base=None, centered=False,
+                 residual=False, span=0):
         super().__init__()
-        self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
-                           centered=centered)
         base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
-        if base.shape != (1, tokens, width):
-            raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}")
+        span = span.detach().clone() if torch.is_tensor(span) else torch.zeros(span, tokens, width)
+        if base.shape != (1, tokens, width) or span.shape[1:] != (tokens, width):
+            raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}, and "
+                             f"the span (K, {tokens}, {width}), not {tuple(span.shape)}")
+        self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
+                           centered=centered, residual=residual, span=len(span))
         c, hidden = channels, 16 * channels
         self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                      downsample(4 * c, 4 * c, 8 * c)])
-        self.mix = nn.Sequential(nn.LayerNorm(28 * c), nn.Linear(28 * c, hidden), nn.SiLU())
+        self.mix = nn.Sequential(nn.BatchNorm1d(28 * c, affine=False), nn.Linear(28 * c, hidden),
+                                 nn.SiLU())
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                         centering(hidden) if centered else nn.Identity(),
-                                        nn.Linear(hidden, tokens * width, bias=not centered))
+                                        nn.Linear(hidden, len(span) or tokens * width,
+                                                  bias=not centered))
         self.to_embedding = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                           nn.Linear(hidden, embedding))
         self.register_buffer("base", base)
+        self.register_buffer("span", span)                          # (K,N,d); K = 0: free prompts
         for parameter in self.to_prompts[-1].parameters():
             nn.init.zeros_(parameter)                               # starts at the base
 
     def forward(self, degraded, with_embedding=False):
         """Prompts (B,N,d) of photos (B,3,H,W) in [0,1] of at least 8 px; on request also their
         embeddings (B,D) of unit length, which the contrastive loss compares."""
-        x, statistics = degraded * 4 - 2, []                        # about unit variance
+        gain = 16 if self.config["residual"] else 4                 # about unit variance
+        x, statistics = gain * (degraded - 0.5), []
         for scale in self.scales:
             x = scale(x)                                            # (B,c',H/2,W/2), /4, /8
             flat = x.flatten(2).float()                             # (B,c',HW)
             statistics += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(statistics, 1))               # (B,16c)
-        prompts = self.base + self.to_prompts(features).float().unflatten(1, self.base.shape[1:])
+        change = self.to_prompts(features).float()                  # (B,Nd), or (B,K)
+        if len(self.span):                                          # addition
+            change = change @ self.span.flatten(1)                  # (B,Nd)
+        prompts = self.base + change.unflatten(1, self.base.shape[1:])
         if with_embedding:
             return prompts, F.normalize(self.to_embedding(features).float(), dim=1)
         return prompts
@@ -146,12 +162,13 @@ def info_nce(query, key, queue, temperature, ignore=None):
     return F.cross_entropy(logits, target)                          # class 0: the positive
 
 
-def diffusion_loss(sd, z_0, prompts, t, noise):
+def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
     """||target - eps_theta(z_t, t, P)||^2, mean over all elements.
 
     The target is what the U-Net was trained to predict: eps (Ho et al. 2020), or
     v = sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho 2022).
     z_0, noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. Returns a scalar.
+    weight: addition, (B,1,h,w), of the squared errors; see `weather_weight`.
     """
     abar = sd.alphas_cumprod.to(z_0.device)[t].view(-1, 1, 1, 1)
     z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
@@ -159,7 +176,8 @@ def diffusion_loss(sd, z_0, prompts, t, noise):
         target = noise
     else:
         target = abar.sqrt() * noise - (1 - abar).sqrt() * z_0
-    return F.mse_loss(sd.predict_noise(z_t, t, prompts), target)
+    error = (target - sd.predict_noise(z_t, t, prompts)).square()
+    return error.mean() if weight is None else (weight * error).mean()
 
 
 # ---------------------------------------------------------------- training
@@ -190,7 +208,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     shape = config.queue, adapter.config["embedding"]
     queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (K,D)
     queue_photo = torch.full((config.queue,), -1, device=device)    # (K,), photo of each negative
-    t_end = max(1, round(config.t_max * len(sd.alphas_cumprod)))    # addition, if t_max < 1
     start, report = 0, {}
     parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
@@ -211,12 +228,9 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Batch: two crops of each photo, and the latents of crop a.
         z_0, a, b, photo = (to_device(x, device) for x in batch)
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
-        t = torch.randint(t_end, (len(a),), generator=generator, device=device)
+        t = torch.randint(len(sd.alphas_cumprod), (len(a),), generator=generator, device=device)
         noise = torch.randn(z_0.shape, generator=generator, device=device)
         query_crop, key_crop = (b, a) if config.cross_crop else (a, b)      # addition
-        if config.jitter:                                           # addition
-            query_crop, key_crop = (jitter(x, config.jitter, generator)
-                                    for x in (query_crop, key_crop))
 
         # Forward.
         with torch.autocast(device.type, sd.dtype, enabled=sd.dtype is not torch.float32):
@@ -227,7 +241,10 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Losses.
         same_photo = photo[:, None] == queue_photo                  # (B,K)
         contrastive = info_nce(query, key, queue, config.temperature, ignore=same_photo)
-        diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise)
+        weight = None
+        if config.weather_weight:                                   # addition
+            weight = weather_weight(a, z_0, config.weather_weight)
+        diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)
         loss = diffusion + config.contrast * contrastive
 
         # Backward and update.
@@ -301,12 +318,46 @@ def centering(hidden):
     return nn.BatchNorm1d(hidden, affine=False)
 
 
-def jitter(images, amount, generator):
-    """Addition: random contrast and tint of each of (B,3,H,W) in [0,1]. Two crops of a
-    photo also share their tone, an easier shortcut for the contrastive loss than degradation."""
-    contrast, tint = (amount * (2 * torch.rand(len(images), channels, 1, 1, generator=generator,
-                                               device=images.device) - 1) for channels in (1, 3))
-    return ((images - 0.5) * (1 + contrast) + 0.5 + tint / 2).clamp(0, 1)
+@torch.no_grad()
+def residuals(photos, restore):
+    """Addition: what the teacher T removes from each photo, 128 + 127 (x_d - T(x_d)), used as the
+    adapter's input in place of x_d. It shows the degradation and little of the content.
+
+    photos: list of (3,H,W) uint8. restore: T, one photo (3,H,W) in [0,1] to the same.
+    Returns a list of (3,H,W) uint8, grey (128) where the teacher removes nothing.
+    """
+    removed = []
+    for photo in tqdm(photos, "residuals", disable=None):
+        x = photo / 255
+        r = x - restore(x).clamp(0, 1)
+        removed.append((128 + 127 * r).round().to(torch.uint8))
+    return removed
+
+
+def weather_weight(residual, z_0, strength):
+    """Addition: weights (B,1,h,w) of the diffusion loss, 1 + strength * |x_d - T(x_d)|.
+
+    residual: (B,3,H,W), see `residuals`. z_0: (B,C,h,w). Flakes and streaks cover little of a
+    photo: without weights, the prompts depend on them less.
+    """
+    removed = (2 * residual - 1).abs().mean(1, keepdim=True)        # (B,1,H,W)
+    return 1 + strength * F.adaptive_avg_pool2d(removed, z_0.shape[-2:])
+
+
+def text_span(prompts, count):
+    """Addition `span`: the `count` main directions (K,N,d) among text prompts (M,N,d), each as
+    long as the standard deviation of the prompts along it. K is at most M - 1.
+
+    Free prompts leave the region that the U-Net was trained on; combinations of captions do not.
+    Raises ValueError for fewer than two prompts.
+    """
+    if len(prompts) < 2:
+        raise ValueError("a span needs at least two captions: set span to 0")
+    centred = (prompts - prompts.mean(0)).flatten(1).double()               # (M,Nd)
+    _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions = directions * (lengths / len(prompts) ** 0.5)[:, None]
+    count = min(count, len(prompts) - 1)
+    return directions[:count].float().unflatten(1, prompts.shape[1:])
 
 
 # ---------------------------------------------------------------- batches and files
@@ -317,11 +368,12 @@ class CropPairs:
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide. Their latents are computed
     once, and cropped: re-encoding every crop would make a step take 1.67 times as long. Crop b is
-    the one of eight candidates that is farthest from a (our choice).
+    the one of eight candidates that is farthest from a (our choice). inputs: addition, the photos'
+    residuals (`residuals`), which a and b are then cropped from.
     """
 
-    def __init__(self, photos, sd, size, batch, seed=0):
-        self.photos, self.size, self.batch, self.seed = photos, size, batch, seed
+    def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
+        self.inputs, self.size, self.batch, self.seed = inputs or photos, size, batch, seed
         self.step, self.factor, self.latents = 0, sd.factor, []
         for photo in tqdm(photos, "latents", disable=None):
             height, width = (n // sd.factor * sd.factor for n in photo.shape[-2:])
@@ -329,7 +381,7 @@ class CropPairs:
             self.latents.append(z[0].half().cpu())                  # (C,h,w)
 
     def __len__(self):
-        return len(self.photos)
+        return len(self.inputs)
 
     def __iter__(self):
         while True:
@@ -339,8 +391,8 @@ class CropPairs:
     def batch_at(self, step):
         rng, rows, f = np.random.default_rng([self.seed, step]), [], self.factor
         first = step * self.batch
-        for i in shuffled_epochs(len(self.photos), first, self.batch, self.seed):
-            z, photo, side = self.latents[i], self.photos[i], self.size // f
+        for i in shuffled_epochs(len(self), first, self.batch, self.seed):
+            z, photo, side = self.latents[i], self.inputs[i], self.size // f
             corners = rng.integers([z.shape[1] - side + 1, z.shape[2] - side + 1], size=(9, 2))
             distances = abs(corners[1:] - corners[0]).max(1)
             (y, x), (y_b, x_b) = corners[0], corners[1 + distances.argmax()]    # in latents

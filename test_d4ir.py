@@ -201,7 +201,7 @@ class Interrupted:
             yield batch
 
 
-ADDITIONS_ON = dict(t_max=0.4, jitter=0.4, cross_crop=True, caption_base=True)
+ADDITIONS_ON = dict(residual=True, weather_weight=3.0, cross_crop=True, caption_base=True, span=3)
 
 
 @pytest.mark.parametrize("additions", [{}, ADDITIONS_ON])
@@ -209,12 +209,15 @@ def test_adapter_training_learns_resumes_and_keeps_the_unet(sd, tmp_path, additi
     photos = [(photo(i, 80, 96) * 255).to(torch.uint8) for i in range(5)]
     before = [p.clone() for p in sd.unet.parameters()]
     config = prompt_adapter.AdapterConfig(steps=6, batch=2, queue=8, save_every=2, **additions)
+    inputs = prompt_adapter.residuals(photos, lambda x: x * 0.8) if config.residual else None
+    span = noise(0, config.span, 4, sd.width) if config.span else 0
 
     def train(checkpoint, stop=None):
         torch.manual_seed(0)
         adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=sd.null_prompt(4),
-                                               centered=config.caption_base)
-        loader = prompt_adapter.CropPairs(photos, sd, 64, 2)
+                                               centered=config.caption_base,
+                                               residual=config.residual, span=span)
+        loader = prompt_adapter.CropPairs(photos, sd, 64, 2, inputs=inputs)
         reports = []
         if stop:
             with pytest.raises(KeyboardInterrupt):
@@ -242,8 +245,9 @@ def test_adapter_settings_are_checked(sd):
     with pytest.raises(ValueError, match="empty"):
         prompt_adapter.train_adapter(adapter, sd, [], prompt_adapter.AdapterConfig())
     for settings, message in (({"batch": 1}, "batch"), ({"queue": 2}, "queue"),
-                              ({"t_max": 1.5}, "t_max"), ({"temperature": 0.0}, "temperature"),
-                              ({"momentum": 1.0}, "momentum")):
+                              ({"temperature": 0.0}, "temperature"),
+                              ({"momentum": 1.0}, "momentum"),
+                              ({"weather_weight": 1.0}, "needs residual")):
         with pytest.raises(ValueError, match=message):
             prompt_adapter.AdapterConfig(**settings)
 
@@ -282,25 +286,37 @@ def test_cross_crop_swaps_the_crop_behind_the_prompt(sd):
         assert len(seen) == 2 and torch.equal(seen[0], first) and torch.equal(seen[1], second)
 
 
-def test_jitter_changes_the_tone_and_keeps_the_structure():
-    x = 0.3 + 0.4 * torch.stack([photo(i, 32, 40) for i in range(16)])
-    made = lambda amount: prompt_adapter.jitter(x, amount, torch.Generator().manual_seed(0))
-    assert torch.allclose(made(0), x, atol=1e-6) and torch.equal(made(0.4), made(0.4))
-    y = made(0.4)
-    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
-    assert 0.05 < (y - x).mean((2, 3)).std() < 0.2
-    assert 0.1 < (y.std((2, 3)) / x.std((2, 3))).std() < 0.4
-    for before, after in zip(x.flatten(0, 1), y.flatten(0, 1)):
-        assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.9
+def test_residuals_show_what_the_teacher_removes():
+    photos = [(photo(i, 32 + i, 40) * 200).to(torch.uint8) for i in range(3)]
+    removed = prompt_adapter.residuals(photos, lambda x: x - 0.2)
+    for x, r in zip(photos, removed):
+        assert r.shape == x.shape and r.dtype == torch.uint8
+        expected = 128 + 127 * torch.minimum(x / 255, torch.tensor(0.2))        # T is clamped at 0
+        assert (r - expected).abs().max() <= 0.51
+    assert torch.equal(prompt_adapter.residuals(photos, lambda x: x)[0],
+                       torch.full_like(photos[0], 128))
+
+
+def test_the_weather_weight_is_one_where_the_teacher_removes_nothing():
+    residual = torch.full((2, 3, 16, 16), 0.5)
+    residual[1, :, :8, :8] = 0.75                          # x_d - T(x_d) = 0.5
+    weight = prompt_adapter.weather_weight(residual, torch.zeros(2, 4, 2, 2), 10.0)
+    expected = torch.ones(2, 1, 2, 2)
+    expected[1, 0, 0, 0] = 1 + 10 * 0.5
+    torch.testing.assert_close(weight, expected)
+    oracle, z0, eps = Oracle(None, "epsilon"), noise(1, 2, 4, 2, 2), noise(2, 2, 4, 2, 2)
+    oracle.predict_noise = lambda z, t, prompts: eps + 1
+    loss = prompt_adapter.diffusion_loss(oracle, z0, None, torch.tensor([9, 99]), eps, weight)
+    assert loss.item() == pytest.approx((2 * 4 + 5) / 8, rel=1e-5)
 
 
 def test_prompts_start_at_the_base_and_centered_ones_keep_it_as_their_mean():
-    base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
+    base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(64)])
     for centered in (False, True):
         adapter = prompt_adapter.PromptAdapter(32, 4, base=base, centered=centered)
-        assert torch.allclose(adapter(photos), base.expand(8, -1, -1))
+        assert torch.allclose(adapter(photos), base.expand(64, -1, -1))
     nn.init.normal_(adapter.to_prompts[-1].weight, std=0.1)
-    for _ in range(100):
+    for _ in range(300):
         prompts = adapter(photos)
     assert torch.allclose(prompts.mean(0, keepdim=True), base, atol=1e-4)
     assert prompts.std(0).mean() > 0.1
@@ -309,6 +325,36 @@ def test_prompts_start_at_the_base_and_centered_ones_keep_it_as_their_mean():
     assert torch.allclose(adapter(photos)[:1], adapter(photos[:1]), atol=1e-4)
     with pytest.raises(ValueError, match=r"must be \(1, 4, 32\)"):
         prompt_adapter.PromptAdapter(32, 4, base=noise(0, 3, 4, 32))
+
+
+def test_prompts_stay_in_the_span_of_captions(tmp_path):
+    captions = noise(0, 6, 4, 32)
+    span = prompt_adapter.text_span(captions, 3)
+    assert span.shape == (3, 4, 32)
+    assert prompt_adapter.text_span(captions, 99).shape == (5, 4, 32)      # 6 points span 5
+    centred = (captions - captions.mean(0)).flatten(1)
+    direction = nn.functional.normalize(span[0].flatten(), dim=0)
+    deviation = (centred @ direction).std(correction=0)
+    assert span[0].norm().item() == pytest.approx(deviation.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="at least two captions"):
+        prompt_adapter.text_span(captions[:1], 3)
+
+    with pytest.raises(ValueError, match=r"the span \(K, 4, 32\), not \(3, 5, 32\)"):
+        prompt_adapter.PromptAdapter(32, 4, span=noise(0, 3, 5, 32))
+
+    base, photos = noise(1, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
+    adapter = prompt_adapter.PromptAdapter(32, 4, base=base, span=span)
+    nn.init.normal_(adapter.to_prompts[-1].weight)
+    for _ in range(100):
+        adapter(photos)                                    # running statistics
+    adapter.eval()
+    change = (adapter(photos) - base).flatten(1)
+    assert change.std(0).mean() > 0.1
+    inside = torch.linalg.lstsq(span.flatten(1).T, change.T).solution.T @ span.flatten(1)
+    torch.testing.assert_close(inside, change, atol=1e-3, rtol=1e-3)
+    prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
+    assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(photos),
+                       adapter(photos))
 
 
 def test_a_batch_follows_from_seed_and_step(sd):
@@ -489,7 +535,8 @@ def forbid(monkeypatch, module, *names):
 
 def forbid_additions(monkeypatch):
     forbid(monkeypatch, synth, "synthesize_with_additions", "add_anchor", "remaining_contrast")
-    forbid(monkeypatch, prompt_adapter, "centering", "jitter")
+    forbid(monkeypatch, d4ir, "residuals", "text_span")
+    forbid(monkeypatch, prompt_adapter, "centering", "weather_weight")
 
 
 def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
@@ -500,23 +547,29 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "paper/config.json").read_text())
     assert config["additions"] == []
     assert not (config["synth"]["anchor"] or config["adapter"]["caption_base"])
-    with pytest.raises(AssertionError, match="centering"):         # the demo's default has them on
+    with pytest.raises(AssertionError, match="was called"):        # the demo's default has them on
         d4ir.main([*map(str, command), "--out", str(tmp_path / "default")])
 
 
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
-    assert set(off) == {"negative_prompt", "anchor", "adapter_t_max", "adapter_jitter",
-                        "adapter_cross_crop", "adapter_caption_base"}
+    assert set(off) == {"negative_prompt", "anchor", "adapter_residual", "adapter_weather_weight",
+                        "adapter_cross_crop", "adapter_caption_base", "adapter_span"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
-    assert set(default) == {"t_max", "jitter", "cross_crop", "caption_base", "negative_prompt",
-                            "anchor"}
+    assert set(default) == {"residual", "weather_weight", "cross_crop", "caption_base", "span",
+                            "negative_prompt", "anchor"}
     assert active("--no-additions") == active("--sd", "elsewhere") == []
     for name, value in off.items():
         flag = d4ir.to_flag(name)
         switch = [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
-        assert set(active(*switch)) == set(default) - {name.removeprefix("adapter_")}
+        gone = {name.removeprefix("adapter_")}
+        if name == "adapter_residual":                     # the weight is made of the residual
+            with pytest.raises(ValueError, match="weather_weight needs residual"):
+                active(*switch)
+            switch += ["--adapter-weather-weight", "0"]
+            gone.add("weather_weight")
+        assert set(active(*switch)) == set(default) - gone
     with pytest.raises(SystemExit):
         d4ir.parse(["--task", "desnow", "--no-additions", "--anchor"])
     assert "--no-additions cannot be combined with --anchor" in capsys.readouterr().err
@@ -1464,7 +1517,8 @@ def test_the_embedded_default_writes_every_file(demo_run):
     assert config["adapter"]["steps"] == 4 and config["evaluate"]["tile"] == 1024
     assert "torch" in config["versions"] and "anchor" in config["additions"]
     assert "using the bundled demo for: --degraded, --clean, --test, --sd, --teacher" in done.stdout
-    additions = "t_max, jitter, cross_crop, caption_base, negative_prompt, anchor"
+    additions = ("residual, weather_weight, cross_crop, caption_base, span, negative_prompt, "
+                 "anchor")
     assert f"additions: {additions}\n" in done.stdout
     assert "Traceback" not in done.stderr
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

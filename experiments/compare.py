@@ -77,8 +77,12 @@ ROWS = {
     "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
                         "prompt and are not centred", dict(caption_base=False)),
     "no-cross-crop": ablation("cross-crop", "--no-adapter-cross-crop", dict(cross_crop=False)),
-    "no-jitter": ablation("jitter", "--adapter-jitter 0", dict(jitter=0.0)),
-    "no-t-max": ablation("t-max", "--adapter-t-max 1", dict(t_max=1.0)),
+    "no-span": ablation("span", "--adapter-span 0: prompts vary freely", dict(span=0)),
+    "no-residual": ablation(
+        "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
+        dict(residual=False, weather_weight=0.0)),
+    "no-weather-weight": ablation("weather weight", "--adapter-weather-weight 0",
+                                  dict(weather_weight=0.0)),
     "no-contrast": ablation("contrastive loss", "--adapter-contrast 0", dict(contrast=0.0)),
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
@@ -98,6 +102,8 @@ SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.
 
 class Captions:
     """Drop-in replacement for the adapter: the embeddings of captions, in turn."""
+
+    config = {"residual": False}
 
     def __init__(self, sd, captions, tokens):
         self.prompts = sd.text_prompt(list(captions), tokens)
@@ -171,12 +177,12 @@ class Bench:
         """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
         run = self.variant(name, synth=settings)
         clean = clean or self.photos("clean", run.size)
-        degraded = degraded or self.photos("degraded", run.size)
+        run.degraded = degraded or self.photos("degraded", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
         if not all(file.exists() for file in files):
             with timed(run.out, "synth"):
-                synthesize_folder(clean, degraded, adapter, run.sd, run.synth, run.out / "synth",
-                                  seed=run.args.seed)
+                synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
+                                  run.out / "synth", seed=run.args.seed)
         images = [read_image(file) for file in files]
         if not read_gain(run.out):
             d4ir.write_text(run.out / "gain.json", json.dumps(teacher_gain(run, clean, images)))

@@ -100,7 +100,8 @@ def following_figure(run, captions, path, count=8):
     clean = draw_crops(run.clean, run.size, seed, [0], 0)
     degraded = draw_crops(run.degraded, run.size, seed, indices, 1)
     adapter = load_adapter(run.out / "adapter.safetensors", run.device)
-    prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in degraded]}
+    inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, indices, 1)
+    prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in inputs]}
     if captions:
         prompts["from its exact caption"] = [
             run.sd.text_prompt(captions[photo_number(run, i)], run.adapter.tokens)
