@@ -2359,10 +2359,12 @@ def test_following(demo_run, folders, tmp_path):
     for name in ("d4ir", "captions", "ceiling"):
         assert set(result[name]) == {"amount", "lean", "scale"}
     assert result["n_images"] == 6 and (tmp_path / "following-desnow.png").exists()
+    assert set(result["contrast"]) == {"top_1", "same_weather_first"}
+    assert all(0 <= share <= 1 for share in result["contrast"].values())
     own = ["--degraded", str(folders / "bad"), "--clean", str(folders / "good")]
     following.main([*command, *own, "--out", str(tmp_path / "own")])
     result = json.loads((tmp_path / "following-desnow.json").read_text())
-    assert "captions" not in result and "ceiling" in result
+    assert not {"captions", "contrast"} & set(result) and "ceiling" in result
 
 
 @pytest.fixture

@@ -13,11 +13,16 @@ photo x, three properties of the weather are
 The result is the Spearman correlation of each between degraded photos and what is synthesized from
 them. "captions" are the renderer's exact descriptions of the same photos in place of the learned
 prompts (demo photos only); "ceiling" is the correlation between two crops of one degraded photo.
+
+"contrast" tests the adapter's embedding on weather and places that it was not trained on (demo
+photos only): how often a crop is nearest to the other crop of its photo, among 128 photos, and how
+often it is nearer to the same weather on another place than to other weather on the same place.
 """
 import json
 
 import numpy as np
 import torch
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import d4ir
@@ -79,6 +84,41 @@ def exact_captions(run):
     return photos.captions(d4ir.TASKS[run.args.task].weather, count)
 
 
+def lay(kind, place, weather):
+    """Web weather number `weather` of one kind on place number `place`: (3,H,W) uint8."""
+    from demo.photos import WEB_SIZE
+    from demo.scenes import render_scene
+    from demo.weather import WEB, add_weather, to_pil
+    scene, depth = render_scene(np.random.default_rng([1, place]), *WEB_SIZE)
+    degraded, _ = add_weather(scene, depth, kind, WEB, np.random.default_rng([2, weather]))
+    return pil_to_tensor(to_pil(degraded))
+
+
+@torch.no_grad()
+def contrast(run, adapter, count=128):
+    """{"top_1", "same_weather_first"}: see above. Chance is 1 / count and 0.5."""
+    def embed(images, left):
+        """Embeddings (n,D) of the left or right crops of images (3,H,W) uint8."""
+        run.degraded, size = images, run.size
+        run.release("residuals")
+        height, width = images[0].shape[1:]
+        top, start = (height - size) // 2, 0 if left else width - size
+        crops = [x[:, top:top + size, start:start + size] / 255
+                 for x in run.adapter_inputs(adapter)]
+        return adapter(torch.stack(crops).to(run.device), with_embedding=True)[1]
+
+    kinds = d4ir.TASKS[run.args.task].weather
+    kind = [kinds[i % len(kinds)] for i in range(count)]
+    first = [lay(kind[i], 2 * i, 2 * i) for i in range(count)]
+    query, key = embed(first, True), embed(first, False)
+    same_weather = embed([lay(kind[i], 2 * i + 1, 2 * i) for i in range(count)], False)
+    same_place = embed([lay(kind[i], 2 * i, 2 * i + 1) for i in range(count)], True)
+    found = (query @ key.T).argmax(1).cpu() == torch.arange(count)
+    nearer = (query * same_weather).sum(1) > (query * same_place).sum(1)
+    return {"top_1": float(found.float().mean()),
+            "same_weather_first": float(nearer.float().mean())}
+
+
 def synthesize_captions(run, captions):
     """D4IR's images with the exact caption of each degraded photo in place of its prompt."""
     images, batch = [], run.synth.batch
@@ -128,10 +168,13 @@ def main(argv=None):
         made = synthesize_captions(run, captions)
         result["captions"] = spearman(degraded, measure(run, made))
     result["ceiling"] = spearman(degraded, measure(run, second_crops(run, indices)))
-    result |= provenance("following", argv) | {"seed": args.seed}
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"following-{args.task}"
     following_figure(run, captions, path.with_suffix(".png"))
+    if captions:
+        adapter = load_adapter(run.out / "adapter.safetensors", run.device)
+        result["contrast"] = contrast(run, adapter)
+    result |= provenance("following", argv) | {"seed": args.seed}
     d4ir.write_text(path.with_suffix(".json"), json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
