@@ -229,6 +229,8 @@ def base_prompt(run):
 def caption_span(run):
     """Addition `span`: the main directions (K,N,d) among captions of the task's weather."""
     captions = TASKS[run.args.task].variations()
+    if len(captions) < 2:
+        raise ValueError(f"task {run.args.task} has no phrases for a span: use --adapter-span 0")
     return text_span(run.sd.text_prompt(captions, run.adapter.tokens), run.adapter.span)
 
 
@@ -337,13 +339,13 @@ def to_flag(name):
     return "--" + name.replace("_", "-")
 
 
-def number(kind, least, most=sys.maxsize):
-    """An argparse type: an int or float from `least` to `most`."""
+def number(kind, least, most=math.inf):
+    """An argparse type: a finite int or float from `least` to `most`."""
     def convert(text):
         value = kind(text)
-        if not least <= value <= most:                      # also for nan
-            limits = f"at least {least}" if value < least else f"finite and at most {most}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        if not (math.isfinite(value) and least <= value <= most):
+            limits = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+            raise argparse.ArgumentTypeError(f"must be finite and {limits}, not {text}")
         return value
     convert.__name__ = kind.__name__                        # for argparse's own message
     return convert
@@ -368,7 +370,8 @@ def make_parser():
              "should have the same scale as in the teacher's training photos (1024)")
     add("--adapter", dest="adapter_file", type=Path, metavar="FILE",
         help="use the adapter.safetensors of another run instead of training one; its Stable "
-             "Diffusion must have the same prompt width; --tokens and --adapter-* are ignored")
+             "Diffusion must have the same prompt width and, for addition residual, its teacher "
+             "be the same; --tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, required=demo is None, metavar="SPEC",
         help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
@@ -477,7 +480,12 @@ class Run:
     @cached_property
     def residuals(self):
         """Addition: what the teacher removes from each degraded photo."""
-        return residuals(self.degraded, lambda x: restore_photo(self.teacher, x, self.args.tile))
+        return residuals(self.degraded, lambda x: restore_photo(self.teacher, x))
+
+    def sees_residuals(self):
+        """Whether the adapter's input depends on the teacher."""
+        file = self.args.adapter_file
+        return load_adapter(file).config["residual"] if file else self.adapter.residual
 
     def adapter_inputs(self, adapter):
         """What an adapter sees of the degraded photos: themselves or, addition, their residuals."""
@@ -538,7 +546,7 @@ class Run:
         adapter = dict(task=args.task, precision=args.precision, seed=args.seed,
                        sd=absolute(args.sd), degraded=absolute(args.degraded), size=args.size,
                        photo_size=args.photo_size, adapter_sha256=adapter_sha256)
-        if self.adapter.residual or args.adapter_file:      # the adapter's input depends on it
+        if self.sees_residuals():
             adapter |= dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple)
         synth = dict(clean=absolute(args.clean), photo_size=args.photo_size)
         distill = dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple,
@@ -633,6 +641,8 @@ def check_diffusion(run):
                              f"{size} px")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
+    elif run.adapter.span:
+        caption_span(run)
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
                        and args.strength == args.steps / 4)
     if sd.timestep_spacing == "trailing" and not suits_few_steps:

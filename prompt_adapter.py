@@ -4,6 +4,7 @@
 
 symbol   in code       shape, range
 x_d      degraded      (B,3,H,W) in [0,1], a web photo in bad weather; a and b are two crops of it
+                       (addition residual: of x_d - T(x_d))
 A        adapter       the network trained here; the Stable Diffusion stays frozen
 P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
 z_t      z_t           (B,C,h,w), latents of crop a with noise of level t in 0..T-1
@@ -52,7 +53,7 @@ class AdapterConfig:
     weather_weight: float = 0.0  # addition: a latent's diffusion loss counts 1 + this * |residual|
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
     caption_base: bool = False  # addition: prompts are centred on a caption's embedding
-    span: int = 0               # addition: prompts vary along so many directions between captions
+    span: int = 0               # addition: K, prompts vary along K directions between captions
 
     ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False,
                  "caption_base": False, "span": 0}
@@ -67,7 +68,8 @@ class AdapterConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.weather_weight and not self.residual:
-            raise ValueError("weather_weight needs residual: also set weather_weight to 0")
+            raise ValueError("weather_weight needs residual: switch that on (--adapter-residual) "
+                             "or set --adapter-weather-weight 0")
 
     def active_additions(self):
         """Names of the additions that are switched on."""
@@ -127,10 +129,10 @@ class PromptAdapter(nn.Module):
             flat = x.flatten(2).float()                             # (B,c',HW)
             statistics += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(statistics, 1))               # (B,16c)
-        change = self.to_prompts(features).float()                  # (B,Nd), or (B,K)
+        change = self.to_prompts(features)                          # (B,Nd), or (B,K)
         if len(self.span):                                          # addition
             change = change @ self.span.flatten(1)                  # (B,Nd)
-        prompts = self.base + change.unflatten(1, self.base.shape[1:])
+        prompts = self.base + change.float().unflatten(1, self.base.shape[1:])
         if with_embedding:
             return prompts, F.normalize(self.to_embedding(features).float(), dim=1)
         return prompts
@@ -335,7 +337,7 @@ def residuals(photos, restore):
 
 
 def weather_weight(residual, z_0, strength):
-    """Addition: weights (B,1,h,w) of the diffusion loss, 1 + strength * |x_d - T(x_d)|.
+    """Addition: weights (B,1,h,w) of the diffusion loss, about 1 + strength * |x_d - T(x_d)|.
 
     residual: (B,3,H,W), see `residuals`. z_0: (B,C,h,w). Flakes and streaks cover little of a
     photo: without weights, the prompts depend on them less.
@@ -348,7 +350,7 @@ def text_span(prompts, count):
     """Addition `span`: the `count` main directions (K,N,d) among text prompts (M,N,d), each as
     long as the standard deviation of the prompts along it. K is at most M - 1.
 
-    Free prompts leave the region that the U-Net was trained on; combinations of captions do not.
+    Free prompts leave the region that the U-Net was trained on; these keep nearer to it.
     Raises ValueError for fewer than two prompts.
     """
     if len(prompts) < 2:

@@ -248,7 +248,8 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     """Writes `config.images` synthesized photos to folder/000000.png ...; keeps finished batches.
 
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
-    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d).
+    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). (An adapter of residuals needs
+      these in place of degraded_photos.)
     Process `rank` of `ranks` makes every `ranks`-th batch.
     Raises ValueError for images that are not finite, as can happen in fp16.
     """

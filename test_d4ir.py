@@ -1736,8 +1736,8 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
                                ([*task, "--distill-steps", "2.5"], "invalid int value"),
                                ([*task, "--distill-lr", "inf"], "finite"),
                                ([*task, "--guidance", "nan"], "finite"),
-                               ([*task, "--seed", "-1"], "at least 0"),
-                               ([*task, "--seed", str(2 ** 32)], "at most 4294967295"),
+                               ([*task, "--seed", "-1"], "in 0..4294967295"),
+                               ([*task, "--seed", str(2 ** 32)], "in 0..4294967295"),
                                ([*task, "--no-additions", "--anchor"], "combined with --anchor"),
                                ([*task, "--stage", "restore"], "--input"),
                                ([*task, "--stage", "export", "synth"], "cannot be combined")):

@@ -168,7 +168,8 @@ def random_photos(count, side):
 
 def untrained_adapter(sd, config):
     base = sd.null_prompt(config.tokens)
-    adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base)
+    adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base,
+                            residual=config.residual, span=config.span)
     return adapter.eval().to(sd.device)
 
 

@@ -94,7 +94,7 @@ ROWS = {
                     reuses=("adapter", "synth")),
 }
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
-                        "no-negative", "no-base", "no-content", "d4ir")}
+                        "no-negative", "no-base", "no-span", "no-residual", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "steps": (1, 2, 4, 6, 10, 20), "photos": (8, 32, 128, 512),
           "images": (32, 64, 128, 256, 512, 1024)}
@@ -151,6 +151,7 @@ class Bench:
     def variant(self, name, adapter={}, synth={}):
         """The run in a row's folder, with the row's settings."""
         run = copy.copy(self.run)
+        run.release("residuals")                            # of other photos
         run.out = self.run.out / name
         run.adapter, run.synth = replace(run.adapter, **adapter), replace(run.synth, **synth)
         run.out.mkdir(parents=True, exist_ok=True)
@@ -180,9 +181,10 @@ class Bench:
         run.degraded = degraded or self.photos("degraded", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
         if not all(file.exists() for file in files):
+            inputs = run.adapter_inputs(adapter)
             with timed(run.out, "synth"):
-                synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
-                                  run.out / "synth", seed=run.args.seed)
+                synthesize_folder(clean, inputs, adapter, run.sd, run.synth, run.out / "synth",
+                                  seed=run.args.seed)
         images = [read_image(file) for file in files]
         if not read_gain(run.out):
             d4ir.write_text(run.out / "gain.json", json.dumps(teacher_gain(run, clean, images)))

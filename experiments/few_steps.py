@@ -54,9 +54,10 @@ def trajectories(run, adapter, steps):
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, 10)
     kept, pairs = timesteps[::10 // steps], [([], [], []) for _ in range(steps)]
     negative = sd.text_prompt(config.negative_prompt, adapter.config["tokens"])
+    inputs = run.adapter_inputs(adapter)
     for first in range(0, TRAJECTORIES, BATCH):
         indices = range(first, first + BATCH)
-        prompts = adapter(draw_crops(run.degraded, run.size, seed, indices, 1).to(sd.device))
+        prompts = adapter(draw_crops(inputs, run.size, seed, indices, 1).to(sd.device))
         z_0 = sd.encode(draw_crops(run.clean, run.size, seed, indices, 0))
         z = perturb(z_0, torch.randn_like(z_0), sd, timesteps[0])
         plain = negative.expand_as(prompts)

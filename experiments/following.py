@@ -26,9 +26,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import d4ir
-from evaluate import figure, list_images, read_image
+from evaluate import figure, list_images, read_image, restore
 from experiments.common import make_parser, provenance
-from prompt_adapter import load_adapter
+from prompt_adapter import load_adapter, residuals
 from synth import draw_crops, synthesize_photos
 
 PROPERTIES = ("amount", "lean", "scale")
@@ -84,12 +84,11 @@ def exact_captions(run):
     return photos.captions(d4ir.TASKS[run.args.task].weather, count)
 
 
-def lay(kind, place, weather):
-    """Web weather number `weather` of one kind on place number `place`: (3,H,W) uint8."""
-    from demo.photos import WEB_SIZE
+def lay(kind, place, weather, size):
+    """Web weather number `weather` of one kind on place number `place`: (3,size,2 size) uint8."""
     from demo.scenes import render_scene
     from demo.weather import WEB, add_weather, to_pil
-    scene, depth = render_scene(np.random.default_rng([1, place]), *WEB_SIZE)
+    scene, depth = render_scene(np.random.default_rng([1, place]), size, 2 * size)
     degraded, _ = add_weather(scene, depth, kind, WEB, np.random.default_rng([2, weather]))
     return pil_to_tensor(to_pil(degraded))
 
@@ -97,22 +96,20 @@ def lay(kind, place, weather):
 @torch.no_grad()
 def contrast(run, adapter, count=128):
     """{"top_1", "same_weather_first"}: see above. Chance is 1 / count and 0.5."""
-    def embed(images, left):
-        """Embeddings (n,D) of the left or right crops of images (3,H,W) uint8."""
-        run.degraded, size = images, run.size
-        run.release("residuals")
-        height, width = images[0].shape[1:]
-        top, start = (height - size) // 2, 0 if left else width - size
-        crops = [x[:, top:top + size, start:start + size] / 255
-                 for x in run.adapter_inputs(adapter)]
-        return adapter(torch.stack(crops).to(run.device), with_embedding=True)[1]
+    def embed(places, weathers):
+        """Embeddings (n,D) of the left halves of `count` photos, and of their right halves."""
+        images = [lay(kinds[i % len(kinds)], place, weather, run.size)
+                  for i, (place, weather) in enumerate(zip(places, weathers))]
+        if adapter.config["residual"]:
+            images = residuals(images, lambda x: restore(run.teacher, x))
+        halves = (torch.stack(images) / 255).to(run.device).chunk(2, -1)    # (n,3,size,size) each
+        return [adapter(half, with_embedding=True)[1] for half in halves]
 
     kinds = d4ir.TASKS[run.args.task].weather
-    kind = [kinds[i % len(kinds)] for i in range(count)]
-    first = [lay(kind[i], 2 * i, 2 * i) for i in range(count)]
-    query, key = embed(first, True), embed(first, False)
-    same_weather = embed([lay(kind[i], 2 * i + 1, 2 * i) for i in range(count)], False)
-    same_place = embed([lay(kind[i], 2 * i, 2 * i + 1) for i in range(count)], True)
+    even, odd = range(0, 2 * count, 2), range(1, 2 * count, 2)
+    query, key = embed(even, even)
+    _, same_weather = embed(odd, even)
+    same_place, _ = embed(even, odd)
     found = (query @ key.T).argmax(1).cpu() == torch.arange(count)
     nearer = (query * same_weather).sum(1) > (query * same_place).sum(1)
     return {"top_1": float(found.float().mean()),
@@ -134,12 +131,11 @@ def synthesize_captions(run, captions):
     return images
 
 
-def following_figure(run, captions, path, count=8):
+def following_figure(run, adapter, captions, path, count=8):
     """One clean photo and one noise with the prompts of several degraded photos."""
     seed, indices = run.args.seed, range(count)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)
     degraded = draw_crops(run.degraded, run.size, seed, indices, 1)
-    adapter = load_adapter(run.out / "adapter.safetensors", run.device)
     inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, indices, 1)
     prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in inputs]}
     if captions:
@@ -170,9 +166,9 @@ def main(argv=None):
     result["ceiling"] = spearman(degraded, measure(run, second_crops(run, indices)))
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"following-{args.task}"
-    following_figure(run, captions, path.with_suffix(".png"))
+    adapter = load_adapter(run.out / "adapter.safetensors", run.device)
+    following_figure(run, adapter, captions, path.with_suffix(".png"))
     if captions:
-        adapter = load_adapter(run.out / "adapter.safetensors", run.device)
         result["contrast"] = contrast(run, adapter)
     result |= provenance("following", argv) | {"seed": args.seed}
     d4ir.write_text(path.with_suffix(".json"), json.dumps(result, indent=1))
