@@ -68,7 +68,7 @@ class Task:
     weather: tuple                      # kinds of weather in the demo's photos
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
     demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
-    phrases: tuple = ()                 # addition span: see `variations`
+    phrases: tuple = ()                 # addition span: see `variations`; none: no span
 
     def variations(self):
         """Captions with one phrase of each group, in all combinations."""
@@ -425,8 +425,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if demo and Path(args.sd).resolve() == (demo.WEIGHTS / "mini-sd").resolve():
         task = TASKS[args.task]
-        parser.set_defaults(**demo.SETTINGS | ({} if task.demo_additions else off)
-                            | task.demo_settings)
+        parser.set_defaults(**demo.SETTINGS | ({} if task.phrases else {"adapter_span": 0})
+                            | ({} if task.demo_additions else off) | task.demo_settings)
     if args.no_additions:
         parser.set_defaults(**off)
     args = parser.parse_args(argv)

@@ -1808,6 +1808,10 @@ def test_a_new_task_needs_one_entry(own_photos, tmp_path, monkeypatch):
     assert config["synth"]["strength"] == 0.5 and config["adapter"]["lr"] == 2e-4
     assert (tmp_path / "run/demo/desleet/degraded").is_dir()
     assert (tmp_path / "run/metrics.json").exists()
+    assert config["adapter"]["span"] == 0                  # the task has no phrases
+    with pytest.raises(ValueError, match="desleet has no phrases for a span"):
+        d4ir.main(["--task", "desleet", "--out", str(tmp_path / "span"), *TINY,
+                   "--adapter-span", "3"])
 
 
 @cuda
