@@ -85,7 +85,7 @@ HAZE = (("a photo in light haze", "a photo in moderate haze", "a photo in heavy 
 
 TASKS = {
     "derain": Task(("a photo in heavy rain",), ("rain",), phrases=(RAIN,)),
-    "dehaze": Task(("a photo in heavy haze",), ("haze",), dict(guidance=8.0),
+    "dehaze": Task(("a photo in heavy haze",), ("haze",), dict(guidance=8.0, adapter_batch=16),
                    demo_additions=False, phrases=(HAZE,)),
     "desnow": Task(("a photo in heavy snow",), ("snow",), phrases=(SNOW,)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
