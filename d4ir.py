@@ -229,8 +229,6 @@ def base_prompt(run):
 def caption_span(run):
     """Addition `span`: the main directions (K,N,d) among captions of the task's weather."""
     captions = TASKS[run.args.task].variations()
-    if len(captions) < 2:
-        raise ValueError(f"task {run.args.task} has no phrases for a span: use --adapter-span 0")
     return text_span(run.sd.text_prompt(captions, run.adapter.tokens), run.adapter.span)
 
 
@@ -641,8 +639,8 @@ def check_diffusion(run):
                              f"{size} px")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
-    elif run.adapter.span:
-        caption_span(run)
+    elif run.adapter.span and not TASKS[args.task].phrases:
+        raise ValueError(f"task {args.task} has no phrases for a span: use --adapter-span 0")
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
                        and args.strength == args.steps / 4)
     if sd.timestep_spacing == "trailing" and not suits_few_steps:
