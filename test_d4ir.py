@@ -2472,8 +2472,8 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         assert [row[what] for row in result["values"]] == list(values)
 
 
-BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2",
-         "--adapter-steps", "1", "--distill-batch", "2", "--distill-steps", "1"]
+BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2", "--adapter-crop",
+         "0", "--adapter-steps", "1", "--distill-batch", "2", "--distill-steps", "1"]
 
 
 def test_bench_table_and_compile(tmp_path, monkeypatch):
