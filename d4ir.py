@@ -85,8 +85,9 @@ HAZE = (("a photo in light haze", "a photo in moderate haze", "a photo in heavy 
 
 TASKS = {
     "derain": Task(("a photo in heavy rain",), ("rain",), phrases=(RAIN,)),
-    "dehaze": Task(("a photo in heavy haze",), ("haze",), dict(guidance=8.0, adapter_batch=16),
-                   demo_additions=False, phrases=(HAZE,)),
+    "dehaze": Task(("a photo in heavy haze",), ("haze",),
+                   dict(guidance=8.0, adapter_steps=120, adapter_batch=16, adapter_crop=0,
+                        adapter_lr=1e-4), demo_additions=False, phrases=(HAZE,)),
     "desnow": Task(("a photo in heavy snow",), ("snow",), phrases=(SNOW,)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
                 ("haze", "rain", "snow"), dict(distill_steps=4500), phrases=(RAIN, HAZE, SNOW)),

@@ -82,13 +82,12 @@ class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
     Three convolutional scales, each summarised by the mean and standard deviation of its features
-    over the photo, because degradation is roughly uniform and content is not. These statistics are
-    standardised, and an MLP turns them into prompts and embeddings.
+    over the photo, because degradation is roughly uniform and content is not. Then an MLP.
 
     width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
     an untrained adapter gives for every photo (zeros).
     Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
-    x_d itself. span: (K,N,d), see `text_span`; then P = base + sum_k c_k span_k. A number K in its
+    x_d itself, and the statistics are standardised over the photos. span: (K,N,d), see `text_span`; then P = base + sum_k c_k span_k. A number K in its
     place leaves the span to `load_state_dict`.
     Raises ValueError for a base or span of another shape.
     """
@@ -106,8 +105,8 @@ class PromptAdapter(nn.Module):
         c, hidden = channels, 16 * channels
         self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                      downsample(4 * c, 4 * c, 8 * c)])
-        self.mix = nn.Sequential(nn.BatchNorm1d(28 * c, affine=False), nn.Linear(28 * c, hidden),
-                                 nn.SiLU())
+        norm = nn.BatchNorm1d(28 * c, affine=False) if residual else nn.LayerNorm(28 * c)
+        self.mix = nn.Sequential(norm, nn.Linear(28 * c, hidden), nn.SiLU())
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                         centering(hidden) if centered else nn.Identity(),
                                         nn.Linear(hidden, len(span) or tokens * width,
@@ -194,7 +193,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
-    its own batches, and the queue holds the keys of all. Raises ValueError for an empty loader, or
+    its own batches, and the queue holds the keys of all; batch norms (additions residual and
+    caption_base) are per process. Raises ValueError for an empty loader, or
     for losses or weights that are not finite.
     """
     if not len(loader):
