@@ -87,8 +87,8 @@ class PromptAdapter(nn.Module):
     width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
     an untrained adapter gives for every photo (zeros).
     Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
-    x_d itself, and the statistics are standardised over the photos. span: (K,N,d), see `text_span`; then P = base + sum_k c_k span_k. A number K in its
-    place leaves the span to `load_state_dict`.
+    x_d itself, and the statistics are standardised over the photos. span: (K,N,d), see `text_span`;
+    then P = base + sum_k c_k span_k. A number K in its place leaves the span to `load_state_dict`.
     Raises ValueError for a base or span of another shape.
     """
 
