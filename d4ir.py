@@ -343,8 +343,9 @@ def number(kind, least, most=math.inf):
     def convert(text):
         value = kind(text)
         if not (math.isfinite(value) and least <= value <= most):
-            limits = f"at least {least}" if most == math.inf else f"in {least}..{most}"
-            raise argparse.ArgumentTypeError(f"must be finite and {limits}, not {text}")
+            upper = "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(
+                f"must be finite and at least {least}{upper}, not {text}")
         return value
     convert.__name__ = kind.__name__                        # for argparse's own message
     return convert
@@ -369,8 +370,8 @@ def make_parser():
              "should have the same scale as in the teacher's training photos (1024)")
     add("--adapter", dest="adapter_file", type=Path, metavar="FILE",
         help="use the adapter.safetensors of another run instead of training one; its Stable "
-             "Diffusion must have the same prompt width and, for addition residual, its teacher "
-             "be the same; --tokens and --adapter-* are ignored")
+             "Diffusion must have the same prompt width and, with addition residual, its teacher "
+             "must be the same; --tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, required=demo is None, metavar="SPEC",
         help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",

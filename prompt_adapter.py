@@ -163,7 +163,7 @@ def info_nce(query, key, queue, temperature, ignore=None):
     return F.cross_entropy(logits, target)                          # class 0: the positive
 
 
-def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
+def diffusion_loss(sd, z_0, prompts, t, noise, weight=1.0):
     """||target - eps_theta(z_t, t, P)||^2, mean over all elements.
 
     The target is what the U-Net was trained to predict: eps (Ho et al. 2020), or
@@ -177,8 +177,7 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=None):
         target = noise
     else:
         target = abar.sqrt() * noise - (1 - abar).sqrt() * z_0
-    error = (target - sd.predict_noise(z_t, t, prompts)).square()
-    return error.mean() if weight is None else (weight * error).mean()
+    return (weight * (target - sd.predict_noise(z_t, t, prompts)).square()).mean()
 
 
 # ---------------------------------------------------------------- training
@@ -194,8 +193,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
     its own batches, and the queue holds the keys of all; batch norms (additions residual and
-    caption_base) are per process. Raises ValueError for an empty loader, or
-    for losses or weights that are not finite.
+    caption_base) are per process. Raises ValueError for an empty loader, or for losses or weights
+    that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
@@ -243,7 +242,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Losses.
         same_photo = photo[:, None] == queue_photo                  # (B,K)
         contrastive = info_nce(query, key, queue, config.temperature, ignore=same_photo)
-        weight = None
+        weight = 1.0
         if config.weather_weight:                                   # addition
             weight = weather_weight(a, z_0, config.weather_weight)
         diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)

@@ -311,12 +311,12 @@ def test_the_weather_weight_is_one_where_the_teacher_removes_nothing():
 
 
 def test_prompts_start_at_the_base_and_centered_ones_keep_it_as_their_mean():
-    base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(64)])
+    base, photos = noise(0, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
     for centered in (False, True):
         adapter = prompt_adapter.PromptAdapter(32, 4, base=base, centered=centered)
-        assert torch.allclose(adapter(photos), base.expand(64, -1, -1))
-    nn.init.normal_(adapter.to_prompts[-1].weight, std=0.05)
-    for _ in range(300):
+        assert torch.allclose(adapter(photos), base.expand(8, -1, -1))
+    nn.init.normal_(adapter.to_prompts[-1].weight, std=0.1)
+    for _ in range(100):
         prompts = adapter(photos)
     assert torch.allclose(prompts.mean(0, keepdim=True), base, atol=1e-4)
     assert prompts.std(0).mean() > 0.1
@@ -547,7 +547,7 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "paper/config.json").read_text())
     assert config["additions"] == []
     assert not (config["synth"]["anchor"] or config["adapter"]["caption_base"])
-    with pytest.raises(AssertionError, match="was called"):        # the demo's default has them on
+    with pytest.raises(AssertionError, match="text_span"):         # the demo's default has them on
         d4ir.main([*map(str, command), "--out", str(tmp_path / "default")])
 
 
@@ -1736,8 +1736,8 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
                                ([*task, "--distill-steps", "2.5"], "invalid int value"),
                                ([*task, "--distill-lr", "inf"], "finite"),
                                ([*task, "--guidance", "nan"], "finite"),
-                               ([*task, "--seed", "-1"], "in 0..4294967295"),
-                               ([*task, "--seed", str(2 ** 32)], "in 0..4294967295"),
+                               ([*task, "--seed", "-1"], "at least 0"),
+                               ([*task, "--seed", str(2 ** 32)], "at most 4294967295"),
                                ([*task, "--no-additions", "--anchor"], "combined with --anchor"),
                                ([*task, "--stage", "restore"], "--input"),
                                ([*task, "--stage", "export", "synth"], "cannot be combined")):
