@@ -16,7 +16,7 @@ prompts (demo photos only); "ceiling" is the correlation between two crops of on
 
 "contrast" tests the adapter's embedding on weather and places that it was not trained on (demo
 photos only): how often a crop is nearest to the other crop of its photo, among 128 photos, and how
-often it is nearer to the same weather on another place than to other weather on the same place.
+often it is nearer to the same weather at another place than to other weather at the same place.
 """
 import json
 
@@ -84,8 +84,8 @@ def exact_captions(run):
     return photos.captions(d4ir.TASKS[run.args.task].weather, count)
 
 
-def lay(kind, place, weather, size):
-    """Web weather number `weather` of one kind on place number `place`: (3,size,2 size) uint8."""
+def render_weather(kind, place, weather, size):
+    """Weather number `weather` of the web domain at place number `place`, (3,size,2 size) uint8."""
     from demo.scenes import render_scene
     from demo.weather import WEB, add_weather, to_pil
     scene, depth = render_scene(np.random.default_rng([1, place]), size, 2 * size)
@@ -98,7 +98,7 @@ def contrast(run, adapter, count=128):
     """{"top_1", "same_weather_first"}: see above. Chance is 1 / count and 0.5."""
     def embed(places, weathers):
         """Embeddings (n,D) of the left halves of `count` photos, and of their right halves."""
-        images = [lay(kinds[i % len(kinds)], place, weather, run.size)
+        images = [render_weather(kinds[i % len(kinds)], place, weather, run.size)
                   for i, (place, weather) in enumerate(zip(places, weathers))]
         if adapter.config["residual"]:
             images = residuals(images, lambda x: restore(run.teacher, x))
