@@ -41,7 +41,7 @@ import models
 import prompt_adapter
 import synth
 from experiments import (bench, compare, features, few_steps, following, gan, low_rank,
-                         weather)
+                         two_weathers, weather)
 
 HERE = Path(__file__).resolve().parent
 MINI = demo.WEIGHTS / "mini-sd"
@@ -2470,6 +2470,24 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
         compare.main([*map(str, command), "--sweep", what])
         result = json.loads((tmp_path / f"{what}-all.json").read_text())
         assert [row[what] for row in result["values"]] == list(values)
+
+
+@pytest.mark.slow
+def test_two_weathers(tmp_path, monkeypatch):
+    """The diagonal of the table is where prompts and test set have the same look."""
+    for name, value in dict(WEB_DEGRADED=3, TEST=2).items():
+        monkeypatch.setattr(two_weathers, name, value)
+    command = ["--task", "derain", "--student-width", "4", "--out", tmp_path / "run", "--seeds",
+               "1", "--results", tmp_path, *TINY]
+    two_weathers.main(list(map(str, command)))
+    result = json.loads((tmp_path / "two-weathers-derain.json").read_text())
+    assert list(result["rows"]) == ["slanted", "vertical", "sd-plain"]
+    table = {(row, look): result["rows"][row][f"psnr_rgb, {look}"]["mean"]
+             for row in result["rows"] for look in result["looks"]}
+    diagonal = table["slanted", "slanted"] + table["vertical", "vertical"]
+    others = table["slanted", "vertical"] + table["vertical", "slanted"]
+    assert result["margin"] == pytest.approx((diagonal - others) / 2)
+    assert (tmp_path / "two-weathers-derain.png").exists()
 
 
 BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2", "--adapter-crop",

@@ -36,7 +36,7 @@ class Weather:
     streak_cover: tuple = (0.05, 0.20)  # rain: fraction of the photo covered by streaks
     streak_length: tuple = (14.0, 60.0)  # px
     streak_width: tuple = (0.6, 1.2)    # px
-    streak_angle: float = 30.0          # degrees from the vertical, at most
+    streak_angle: tuple = (-30.0, 30.0)  # degrees from the vertical
     streak_opacity: tuple = (0.4, 0.9)
     veil: tuple = (0.0, 0.0)            # 1/m, density of the haze that accompanies rain and snow
     mixed: float = 0.0                  # probability of lighter snow in rain, or rain in snow
@@ -57,7 +57,7 @@ WEB = Weather(
     flake_cover=(0.02, 0.16), flake_size=(0.6, 1.8), flake_blur=(0.0, 6.0),
     flake_opacity=(0.45, 0.95),
     streak_cover=(0.05, 0.22), streak_length=(7.0, 34.0), streak_width=(0.5, 1.1),
-    streak_angle=35.0, streak_opacity=(0.2, 0.6),
+    streak_angle=(-35.0, 35.0), streak_opacity=(0.2, 0.6),
     veil=(0.0, 0.012), mixed=0.15, exposure=0.2, blur=0.6, noise=0.02, jpeg=(50, 95))
 
 # Covers both of the above, because Stable Diffusion's training data also covers both.
@@ -66,7 +66,7 @@ PRETRAINING = Weather(
     flake_cover=(0.01, 0.24), flake_size=(0.5, 2.4), flake_blur=(0.0, 6.0),
     flake_opacity=(0.45, 1.0),
     streak_cover=(0.01, 0.22), streak_length=(6.0, 64.0), streak_width=(0.5, 1.3),
-    streak_angle=38.0, streak_opacity=(0.2, 0.85),
+    streak_angle=(-38.0, 38.0), streak_opacity=(0.2, 0.85),
     veil=(0.0, 0.012), mixed=0.08, exposure=0.15, defocus=0.5, blur=0.4, noise=0.01,
     jpeg=(60, 98))
 
@@ -156,7 +156,7 @@ def snow_opacity(rng, height, width, weather, amount=1.0):
 
 def rain_opacity(rng, height, width, weather, amount=1.0):
     """Opacity (H,W) in [0,1] of falling rain, and the drawn parameters, a dict for `describe`."""
-    angle = math.radians(rng.uniform(-weather.streak_angle, weather.streak_angle))
+    angle = math.radians(rng.uniform(*weather.streak_angle))
     cover = rng.uniform(*weather.streak_cover)
     length = rng.uniform(*weather.streak_length)
     size = rng.uniform(*weather.streak_width)
