@@ -151,21 +151,29 @@ class Bench:
     def variant(self, name, adapter={}, synth={}):
         """The run in a row's folder, with the row's settings."""
         run = copy.copy(self.run)
-        run.release("residuals")                            # of other photos
         run.out = self.run.out / name
         run.adapter, run.synth = replace(run.adapter, **adapter), replace(run.synth, **synth)
         run.out.mkdir(parents=True, exist_ok=True)
         return run
 
+    def load_photos(self, run, degraded, residual):
+        """Gives a variant its photos; degraded: in place of --degraded. residual: whether it also
+        needs their residuals, which are computed once for all rows."""
+        run.clean = self.photos("clean", run.size)
+        run.degraded = degraded or self.photos("degraded", run.size)
+        run.release("residuals")
+        if residual and not degraded:
+            self.run.degraded = run.degraded
+            run.residuals = self.run.residuals
+
     def adapter(self, name, degraded=None, synth={}, **settings):
         """A row's adapter, trained on the photos of --degraded or on the given ones. synth: of the
         images in its adapter.png."""
         run = self.variant(name, adapter=settings, synth=synth)
-        run.clean = self.photos("clean", run.size)
-        run.degraded = degraded or self.photos("degraded", run.size)
         path = run.out / "adapter.safetensors"
         if not path.exists():
             with timed(run.out, "adapter"):
+                self.load_photos(run, degraded, run.adapter.residual)
                 d4ir.adapter_stage(run)
         return load_adapter(path, run.device)
 
@@ -178,13 +186,12 @@ class Bench:
         """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
         run = self.variant(name, synth=settings)
         clean = clean or self.photos("clean", run.size)
-        run.degraded = degraded or self.photos("degraded", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
         if not all(file.exists() for file in files):
-            inputs = run.adapter_inputs(adapter)
             with timed(run.out, "synth"):
-                synthesize_folder(clean, inputs, adapter, run.sd, run.synth, run.out / "synth",
-                                  seed=run.args.seed)
+                self.load_photos(run, degraded, adapter.config["residual"])
+                synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
+                                  run.out / "synth", seed=run.args.seed)
         images = [read_image(file) for file in files]
         if not read_gain(run.out):
             d4ir.write_text(run.out / "gain.json", json.dumps(teacher_gain(run, clean, images)))
