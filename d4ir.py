@@ -65,7 +65,7 @@ except ImportError:                     # the method works without demo/
 class Task:
     """Task-specific settings. All values are our choice."""
     captions: tuple                     # baseline prompts; addition caption_base: their mean
-    weather: tuple                      # kinds of weather in the demo's photos
+    weather: tuple                      # kinds, of the demo's photos and of plain captions
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
     demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
     phrases: tuple = ()                 # addition span: see `variations`; none: no span

@@ -15,7 +15,12 @@ tau      temperature   scalar
 
 Contrastive pairs: two crops of one photo share its degradation (positive); crops of other photos
 are the negatives, held in a queue. InfoNCE, queue and momentum encoder (MoCo, He et al. 2020) are
-our choice of a contrastive loss. Additions of ours are marked.
+our choice of a contrastive loss. Additions of ours are marked. On its own:
+
+    adapter = PromptAdapter(sd.width, tokens=77, base=sd.null_prompt(77))
+    loader = CropPairs(photos, sd, size=512, batch=16)          # photos: list of (3,H,W) uint8
+    train_adapter(adapter, sd, loader, AdapterConfig(steps=3000), checkpoint="adapter.pt")
+    save_adapter(adapter, "adapter.safetensors")                # adapter(crops) gives prompts
 """
 import copy
 import io
@@ -82,13 +87,15 @@ class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
     Three convolutional scales, each summarised by the mean and standard deviation of its features
-    over the photo, because degradation is roughly uniform and content is not. Then an MLP.
+    over the photo, because degradation is roughly uniform and content is not. Then a layer norm
+    and an MLP.
 
     width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
-    an untrained adapter gives for every photo (zeros).
+    an untrained adapter gives for every photo (zeros; the null prompt is a better start).
     Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
-    x_d itself, and the statistics are standardised over the photos. span: (K,N,d), see `text_span`;
-    then P = base + sum_k c_k span_k. A number K in its place leaves the span to `load_state_dict`.
+    x_d itself, and a batch norm over the photos replaces the layer norm. span: (K,N,d), see
+    `text_span`; then P = base + sum_k c_k span_k. A number K in its place leaves the span to
+    `load_state_dict`.
     Raises ValueError for a base or span of another shape.
     """
 
@@ -147,18 +154,18 @@ def info_nce(query, key, queue, temperature, ignore=None):
     """InfoNCE (van den Oord et al. 2018) with a queue of negatives n_j (MoCo, He et al. 2020):
     mean over B of -log( exp(q.k / tau) / (exp(q.k / tau) + sum_j exp(q.n_j / tau)) ).
 
-    query, key: (B,D), unit length. queue: (K,D), unit length. temperature: tau.
-    ignore: (B,K) bool, queue entries to exclude (crops of the query's own photo).
+    query, key: (B,D), unit length. queue: (Q,D), unit length. temperature: tau.
+    ignore: (B,Q) bool, queue entries to exclude (crops of the query's own photo).
     Returns a scalar. Raises ValueError if the shapes do not fit.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
         shapes = tuple(tuple(x.shape) for x in (query, key, queue))
         raise ValueError(f"shapes of query, key and queue do not fit: {shapes}")
     positive = (query * key).sum(1, keepdim=True)                   # (B,1)
-    negative = query @ queue.T                                      # (B,K)
+    negative = query @ queue.T                                      # (B,Q)
     if ignore is not None:
         negative = negative.masked_fill(ignore, -torch.inf)
-    logits = torch.cat([positive, negative], 1) / temperature       # (B,1+K)
+    logits = torch.cat([positive, negative], 1) / temperature       # (B,1+Q)
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, target)                          # class 0: the positive
 
@@ -185,19 +192,26 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=1.0):
 def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=print):
     """Trains the adapter in place; the Stable Diffusion stays frozen.
 
-    sd: a models.StableDiffusion, or anything with its predict_noise, unet, alphas_cumprod,
-      prediction_type, device and dtype.
+    sd: a models.StableDiffusion, or anything with its predict_noise (differentiable in the
+      prompts), unet, alphas_cumprod, prediction_type, device and dtype.
     loader: batches (z_0 (B,C,h,w), a and b (B,3,H,W) uint8 or float in [0,1], photo numbers (B,)),
       repeated until `config.steps` updates are done; see `CropPairs`.
+    config: its tokens, crop, batch, residual, caption_base and span describe the adapter and the
+      loader, which the caller builds.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
     its own batches, and the queue holds the keys of all; batch norms (additions residual and
-    caption_base) are per process. Raises ValueError for an empty loader, or for losses or weights
-    that are not finite.
+    caption_base) are per process. Raises ValueError for an empty loader, an adapter that does not
+    fit the config, or losses or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
+    if config.residual != adapter.config["residual"]:
+        raise ValueError(f"residual is {config.residual} in the config but "
+                         f"{adapter.config['residual']} in the adapter")
+    if len(adapter.span) and not adapter.span.any():
+        raise ValueError("the adapter's span is zero: give PromptAdapter a `text_span`")
     device = sd.device
     sd.unet.requires_grad_(False)
     adapter.to(device, memory_format=torch.channels_last).train()
@@ -207,8 +221,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     scaler = torch.amp.GradScaler(device.type, enabled=sd.dtype is torch.float16)
     generator = torch.Generator(device).manual_seed(seed)
     shape = config.queue, adapter.config["embedding"]
-    queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (K,D)
-    queue_photo = torch.full((config.queue,), -1, device=device)    # (K,), photo of each negative
+    queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (Q,D)
+    queue_photo = torch.full((config.queue,), -1, device=device)    # (Q,), photo of each negative
     start, report = 0, {}
     parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
     if checkpoint and Path(checkpoint).exists():
@@ -240,7 +254,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
                 _, key = key_encoder(key_crop, with_embedding=True)
 
         # Losses.
-        same_photo = photo[:, None] == queue_photo                  # (B,K)
+        same_photo = photo[:, None] == queue_photo                  # (B,Q)
         contrastive = info_nce(query, key, queue, config.temperature, ignore=same_photo)
         weight = 1.0
         if config.weather_weight:                                   # addition
@@ -367,7 +381,8 @@ class CropPairs:
     """Endless batches of crop pairs: (latents of a (B,C,h,w), a and b (B,3,size,size) uint8, photo
     numbers (B,)). Each batch is a deterministic function of seed and step.
 
-    photos: list of (3,H,W) uint8, at least `size` px high and wide. Their latents are computed
+    photos: list of (3,H,W) uint8, at least `size` px high and wide. sd: with encode and factor, px
+    per latent; the U-Net needs a `size` that is a multiple of 8 of them. The latents are computed
     once, and cropped: re-encoding every crop would make a step take 1.67 times as long. Crop b is
     the one of eight candidates that is farthest from a (our choice). inputs: addition, the photos'
     residuals (`residuals`), which a and b are then cropped from.

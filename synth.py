@@ -69,8 +69,9 @@ def synthesize(clean, prompts, sd, config, generator=None):
 
     clean: (B,3,H,W) in [0,1]; H and W as VAE and U-Net need them (SD 1.5: multiples of 64).
     prompts: (B,N,d). generator: torch.Generator of the noise.
-    sd: a models.StableDiffusion, or anything with its encode, decode, predict_noise, null_prompt,
-      alphas_cumprod (T,) and prediction_type.
+    sd: a models.StableDiffusion, or anything with its encode (images to scaled latents), decode,
+      predict_noise(z_t, t, prompts), null_prompt(N) (1,N,d), alphas_cumprod (T,) on the CPU, and
+      prediction_type.
     Raises ValueError for a size, a batch or a number of steps that does not fit, and if an addition
     is switched on.
     """
@@ -168,7 +169,7 @@ def choose_timesteps(total, strength, steps):
     """`steps` timesteps [t_s, ..., t_1] of equal spacing, down from t_s = strength * total.
 
     The spacing divides t_s + 1, so that the last step ends at -1, the clean image; this moves t_s
-    by at most steps / 2. diffusers' img2img drops steps at low strength instead.
+    by less than `steps`. diffusers' img2img drops steps at low strength instead.
     Raises ValueError if there are more steps than noise levels below t_s.
     """
     if not 1 <= steps <= round(strength * total):
@@ -182,8 +183,9 @@ def choose_timesteps(total, strength, steps):
 
 @torch.no_grad()
 def synthesize_with_additions(clean, prompts, sd, config, generator=None):
-    """`synthesize` with a negative prompt and, optionally, the anchor. Same shapes and errors; `sd`
-    also needs text_prompt(text, tokens), (1,N,d), and device."""
+    """`synthesize` with a negative prompt and, optionally, the anchor. The same shapes; `sd` also
+    needs text_prompt(text, tokens), (1,N,d), and device. Raises ValueError for a size, a batch or a
+    number of steps that does not fit."""
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
     negative = sd.text_prompt(config.negative_prompt, prompts.shape[1])         # (1,N,d)
     z_0 = sd.encode(clean)
@@ -236,7 +238,8 @@ def draw_crops(photos, size, seed, indices, stream):
 
 @torch.no_grad()
 def synthesize_photos(clean, degraded, adapter, sd, config, generator=None):
-    """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1]."""
+    """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1].
+    `sd` also needs device."""
     prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
     if config.active_additions():
         return synthesize_with_additions(clean, prompts, sd, config, generator)
@@ -250,6 +253,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
     adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). (An adapter of residuals needs
       these in place of degraded_photos.)
+    sd: as for `synthesize_photos`; if `config.size` is 0, it also needs size, px.
     Process `rank` of `ranks` makes every `ranks`-th batch.
     Raises ValueError for images that are not finite, as can happen in fp16.
     """

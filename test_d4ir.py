@@ -244,6 +244,10 @@ def test_adapter_settings_are_checked(sd):
     adapter = prompt_adapter.PromptAdapter(sd.width, 4)
     with pytest.raises(ValueError, match="empty"):
         prompt_adapter.train_adapter(adapter, sd, [], prompt_adapter.AdapterConfig())
+    for options, message in ({"residual": True}, "in the config but"), ({"span": 2}, "is zero"):
+        with pytest.raises(ValueError, match=message):
+            prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4, **options), sd,
+                                         [0], prompt_adapter.AdapterConfig())
     for settings, message in (({"batch": 1}, "batch"), ({"queue": 2}, "queue"),
                               ({"temperature": 0.0}, "temperature"),
                               ({"momentum": 1.0}, "momentum"),
@@ -2486,7 +2490,7 @@ def test_two_weathers(tmp_path, monkeypatch):
              for row in result["rows"] for look in result["looks"]}
     diagonal = table["slanted", "slanted"] + table["vertical", "vertical"]
     others = table["slanted", "vertical"] + table["vertical", "slanted"]
-    assert result["margin"] == pytest.approx((diagonal - others) / 2)
+    assert result["margins"] == [pytest.approx((diagonal - others) / 2)]
     assert (tmp_path / "two-weathers-derain.png").exists()
 
 

@@ -38,7 +38,8 @@ from synth import SynthConfig, draw_crops, synthesize_folder
 
 @dataclass(frozen=True)
 class Row:
-    """One source of training images. To add a baseline, add one entry to ROWS."""
+    """One source of training images. To add a baseline that is a list of images, add one entry to
+    ROWS."""
     title: str
     note: str                           # may name fields of SynthConfig in braces
     images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN

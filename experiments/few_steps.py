@@ -15,7 +15,7 @@ z^_t', z_t': z_next^ and z_next with the same noise at a small t'; only in the l
 Simplified: no adversarial loss. As in progressive distillation (Salimans and Ho 2022), two steps
 halve the distance. The copy needs no guidance: per image, 2 or 4 evaluations of the U-Net, not 30.
 
-Takes the flags of experiments.compare; the prompts are those of its row `d4ir`.
+Takes the flags of d4ir.py; the prompts are those of its row `d4ir`.
 """
 import copy
 from dataclasses import replace

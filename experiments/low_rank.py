@@ -11,7 +11,7 @@ have a low-rank bias for each task, trained together with them:
 Simplified: all 3x3 convolutions of the residual blocks have a bias; each task also has its own
 norms, first and last convolution. W_k is computed once, so that inference costs the same.
 
-Takes the flags of experiments.compare except --task, which is `all`. Both students are trained on
+Takes the flags of d4ir.py except --task, which is `all`. Both students are trained on
 the images of a row, for the same number of updates and crops.
 """
 import copy

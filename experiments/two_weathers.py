@@ -3,14 +3,16 @@
     python -m experiments.two_weathers --task desnow    # results/two-weathers-desnow.json and .png
 
 The demo renders two sets of web photos, and two test sets, in the same kind of weather but with
-different looks (LOOKS). One adapter is trained on all web photos, because its prompts are centred
-on the mean of its photos. For each look, students are trained on images synthesized with the
-prompts of its web photos, and evaluated on both test sets. A plain caption ("a photo in snow")
-gives the same images for both (row sd-plain). The result is the table of PSNR, and
+different looks (LOOKS: size, shape and density vary together). Scenes, crops and noise are the
+same, so that nothing else differs. One adapter is trained on all web photos, because its prompts
+are centred on the mean of its photos. For each look, students are trained on images synthesized
+with the prompts of its web photos, and evaluated on both test sets. A plain caption ("a photo in
+snow") gives the same images for both (row sd-plain). The result is the table of PSNR, and
 
     margin = mean over test sets of (PSNR with the same look - PSNR with the other look)
 
-Takes the flags of experiments.compare, but for the photos.
+for each seed. The seeds share adapter and images. Takes the flags of d4ir.py, except --degraded and
+--test.
 """
 import json
 from dataclasses import replace
@@ -23,6 +25,7 @@ from demo.weather import DOMAINS
 from evaluate import figure
 from experiments.common import make_parser, provenance
 from experiments.compare import make_bench, summary
+from synth import draw_crops
 
 # The looks: fields of demo.weather.Weather, within the ranges of the teacher's training photos.
 LOOKS = {
@@ -56,9 +59,10 @@ def write_looks(folder, task):
                 write_photo(job)
 
 
-def margin(rows, looks):
-    """The mean, over test sets, of the PSNR with the same look minus that with the other look."""
-    psnr = lambda row, look: rows[row][f"psnr_rgb, {look}"]["mean"]
+def margin(rows, looks, seed):
+    """The mean, over test sets, of the PSNR with the same look minus that with the other look.
+    rows: {name: the metrics of each seed}."""
+    psnr = lambda row, look: rows[row][seed][f"psnr_rgb, {look}"]
     a, b = looks
     return fmean([psnr(a, a) - psnr(b, a), psnr(b, b) - psnr(a, b)])
 
@@ -81,16 +85,17 @@ def main(argv=None):
     images = {look: bench.synthesize(look, adapter, degraded=web)
               for look, web in degraded.items()}
     images["sd-plain"] = bench.images("sd-plain")
-    rows = {name: summary(bench.students(name, lambda: made, own.seeds))
-            for name, made in images.items()}
+    rows = {name: bench.students(name, lambda: made, own.seeds) for name, made in images.items()}
 
-    result = {"task": own.task, "looks": looks, "seeds": own.seeds, "rows": rows,
-              "margin": margin(rows, looks)}
+    result = {"task": own.task, "looks": looks, "seeds": own.seeds,
+              "rows": {name: summary(results) for name, results in rows.items()},
+              "margins": [margin(rows, looks, seed) for seed in range(own.seeds)]}
     result |= provenance("two_weathers", argv) | {"seed": run.args.seed}
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"two-weathers-{own.task}"
-    columns = {f"degraded, {look}": [photo[:, :run.size, :run.size] / 255 for photo in web[:5]]
-               for look, web in degraded.items()}
+    crops = lambda photos, stream: draw_crops(photos, run.size, run.args.seed, range(5), stream)
+    columns = {"clean": crops(bench.photos("clean", run.size), 0)}
+    columns |= {f"degraded, {look}": crops(web, 1) for look, web in degraded.items()}
     columns |= {f"synthesized, {name}": [image / 255 for image in made[:5]]
                 for name, made in images.items()}
     figure(columns, path.with_suffix(".png"))
