@@ -202,8 +202,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
     its own batches, and the queue holds the keys of all; batch norms (additions residual and
-    caption_base) are per process. Raises ValueError for an empty loader, an adapter that does not
-    fit the config, or losses or weights that are not finite.
+    caption_base) are per process and, unlike in MoCo, not shuffled. Raises ValueError for an empty
+    loader, an adapter that does not fit the config, or losses or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
