@@ -210,7 +210,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     if config.residual != adapter.config["residual"]:
         raise ValueError(f"residual is {config.residual} in the config but "
                          f"{adapter.config['residual']} in the adapter")
-    if len(adapter.span) and not adapter.span.any():
+    if adapter.config["span"] and not adapter.span.any():
         raise ValueError("the adapter's span is zero: give PromptAdapter a `text_span`")
     device = sd.device
     sd.unet.requires_grad_(False)
