@@ -36,11 +36,11 @@ LOOKS = {
         "slanted": dict(streak_length=(14, 22), streak_width=(0.6, 0.8), streak_angle=(15, 30)),
         "vertical": dict(streak_length=(40, 60), streak_width=(0.9, 1.2), streak_angle=(-3, 3))},
 }
-KINDS = {"desnow": "snow", "derain": "rain"}
 
 
 def write_looks(folder, task):
     """Writes web photos, FOLDER/LOOK/degraded, and test sets, FOLDER/test/LOOK/{input,target}."""
+    kind = d4ir.TASKS[task].weather[0]
     for look, ranges in LOOKS[task].items():
         for domain in ("web", "original"):
             DOMAINS[f"{domain}, {look}"] = replace(DOMAINS[domain], **ranges)
@@ -49,10 +49,10 @@ def write_looks(folder, task):
             path.mkdir(parents=True, exist_ok=True)
         jobs = []
         for i in range(WEB_DEGRADED):
-            photo = Photo("web-degraded", i, KINDS[task], f"web, {look}", *WEB_SIZE)
+            photo = Photo("web-degraded", i, kind, f"web, {look}", *WEB_SIZE)
             jobs.append((photo, None, web / f"{i:04d}.png"))
         for i in range(TEST):
-            photo = Photo("original-test", i, KINDS[task], f"original, {look}", *TEST_SIZE, True)
+            photo = Photo("original-test", i, kind, f"original, {look}", *TEST_SIZE, True)
             jobs.append((photo, test / f"target/{i:04d}.png", test / f"input/{i:04d}.png"))
         for job in jobs:
             if not job[2].exists():
