@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -765,6 +766,16 @@ def interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 
+def repeat_interrupt(discarded):
+    """Sends a signal again whose KeyboardInterrupt Python has discarded, as it does in __del__."""
+    error = discarded.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        threading.Timer(0.1, signal.raise_signal, [number]).start()
+    else:
+        sys.__unraisablehook__(discarded)
+
+
 def silence_libraries():
     """Hides the messages and progress bars of diffusers and transformers."""
     for library in (diffusers, transformers):
@@ -777,6 +788,7 @@ def run_command(main):
     with 130 and 143."""
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = repeat_interrupt
     for stream in (sys.stdout, sys.stderr):                 # for file names in any encoding
         stream.reconfigure(errors="backslashreplace")
     silence_libraries()

@@ -1964,12 +1964,23 @@ def test_a_run_folder_is_used_by_one_process_at_a_time(own_photos, tmp_path):
 
 
 @posix
-def test_signals_give_their_exit_codes_and_one_line(capsys):
+def test_signals_give_their_exit_codes_and_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run_command replaces it
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)       # background jobs ignore it
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with pytest.raises(SystemExit) as stopped:
             d4ir.run_command(lambda: (os.kill(os.getpid(), number), time.sleep(9)))
+        assert stopped.value.code == code
+        assert capsys.readouterr().err.startswith("interrupted; rerun the same command")
+
+        class Finalizer:                                           # Python discards its exceptions
+            def __del__(self):
+                os.kill(os.getpid(), number)
+                time.sleep(0)
+
+        with pytest.raises(SystemExit) as stopped:
+            d4ir.run_command(lambda: Finalizer() and time.sleep(9))
         assert stopped.value.code == code
         assert capsys.readouterr().err.startswith("interrupted; rerun the same command")
     for number, handler in before.items():
