@@ -65,11 +65,15 @@ except ImportError:                     # the method works without demo/
 @dataclass(frozen=True)
 class Task:
     """Task-specific settings. All values are our choice."""
-    captions: tuple                     # baseline prompts; addition caption_base: their mean
+    captions: tuple                     # a baseline of experiments/, chosen by the demo's test set
     weather: tuple                      # kinds, of the demo's photos and of plain captions
     demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
     demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
     phrases: tuple = ()                 # addition span: see `variations`; none: no span
+
+    def plain_captions(self):
+        """Captions with the weather and nothing else. Addition caption_base: their mean."""
+        return [f"a photo in {weather}" for weather in self.weather]
 
     def variations(self):
         """Captions with one phrase of each group, in all combinations."""
@@ -223,8 +227,9 @@ STAGES = {"adapter": adapter_stage, "synth": synth_stage, "distill": distill_sta
 # ---------------------------------------------------------------- what the stages need
 
 def base_prompt(run):
-    """The prompt (1,N,d) of an untrained adapter: the null prompt; addition: the captions' mean."""
-    texts = list(TASKS[run.args.task].captions) if run.adapter.caption_base else [""]
+    """The prompt (1,N,d) of an untrained adapter: the null prompt; addition: the plain captions'
+    mean."""
+    texts = TASKS[run.args.task].plain_captions() if run.adapter.caption_base else [""]
     return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
 
 

@@ -10,19 +10,18 @@ P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
 z_t      z_t           (B,C,h,w), latents of crop a with noise of level t in 0..T-1
 eps      noise         (B,C,h,w), standard normal
 abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffusion
-q, k     query, key    (B,D), unit length: embeddings of the two crops, k by the momentum encoder
+q, k     query, key    (B,D), unit length: embeddings of the two crops
 tau      temperature   scalar
 
-Contrastive pairs: two crops of one photo share its degradation (positive); crops of other photos
-are the negatives, held in a queue. InfoNCE, queue and momentum encoder (MoCo, He et al. 2020) are
-our choice of a contrastive loss. Additions of ours are marked. On its own:
+Contrastive pairs: two crops of one photo share its degradation (positive); the crops of the other
+photos of the batch are the negatives. InfoNCE with negatives from the batch (SimCLR, Chen et al.
+2020) is our choice of a contrastive loss. Additions of ours are marked. On its own:
 
     adapter = PromptAdapter(sd.width, tokens=77, base=sd.null_prompt(77))
     loader = CropPairs(photos, sd, size=512, batch=16)          # photos: list of (3,H,W) uint8
     train_adapter(adapter, sd, loader, AdapterConfig(steps=3000), checkpoint="adapter.pt")
     save_adapter(adapter, "adapter.safetensors")                # adapter(crops) gives prompts
 """
-import copy
 import io
 import json
 import math
@@ -38,6 +37,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 
@@ -50,9 +50,7 @@ class AdapterConfig:
     crop: int = 0               # px, side of the crops; 0: that of the synthesized images
     lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
-    temperature: float = 0.2    # tau (MoCo v2: 0.2)
-    queue: int = 512            # number of negatives
-    momentum: float = 0.99      # of the key encoder (MoCo: 0.999, for longer schedules)
+    temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
     residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
     weather_weight: float = 0.0  # addition: a latent's diffusion loss counts 1 + this * |residual|
@@ -66,10 +64,6 @@ class AdapterConfig:
     def __post_init__(self):
         if self.batch < 2:
             raise ValueError(f"the adapter's batch must be at least 2, not {self.batch}")
-        if self.queue < self.batch:
-            raise ValueError(f"the queue ({self.queue}) must hold a batch ({self.batch})")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), not {self.momentum}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.weather_weight and not self.residual:
@@ -99,7 +93,7 @@ class PromptAdapter(nn.Module):
     Raises ValueError for a base or span of another shape.
     """
 
-    def __init__(self, width, tokens, channels=32, embedding=128, base=None, centered=False,
+    def __init__(self, width, tokens, channels=16, embedding=128, base=None, centered=False,
                  residual=False, span=0):
         super().__init__()
         base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
@@ -151,11 +145,12 @@ def downsample(inner, middle, outer):
 
 
 def info_nce(query, key, queue, temperature, ignore=None):
-    """InfoNCE (van den Oord et al. 2018) with a queue of negatives n_j (MoCo, He et al. 2020):
+    """InfoNCE (van den Oord et al. 2018):
     mean over B of -log( exp(q.k / tau) / (exp(q.k / tau) + sum_j exp(q.n_j / tau)) ).
 
-    query, key: (B,D), unit length. queue: (Q,D), unit length. temperature: tau.
-    ignore: (B,Q) bool, queue entries to exclude (crops of the query's own photo).
+    query, key: (B,D), unit length. queue: (Q,D), unit length, the negatives n_j; here the keys of
+    the batch. temperature: tau. ignore: (B,Q) bool, negatives to exclude (crops of the query's own
+    photo).
     Returns a scalar. Raises ValueError if the shapes do not fit.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
@@ -201,9 +196,9 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. With several processes, each has
-    its own batches, and the queue holds the keys of all; batch norms (additions residual and
-    caption_base) are per process and, unlike in MoCo, not shuffled. Raises ValueError for an empty
-    loader, an adapter that does not fit the config, or losses or weights that are not finite.
+    its own batches, and the negatives are the keys of all; batch norms (additions residual and
+    caption_base) are per process. Raises ValueError for an empty loader, an adapter that does not
+    fit the config, or losses or weights that are not finite.
     """
     if not len(loader):
         raise ValueError("the adapter's loader is empty")
@@ -215,24 +210,17 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     device = sd.device
     sd.unet.requires_grad_(False)
     adapter.to(device, memory_format=torch.channels_last).train()
-    key_encoder = copy.deepcopy(adapter).requires_grad_(False)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.01,
                                   fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=sd.dtype is torch.float16)
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = config.queue, adapter.config["embedding"]
-    queue = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)      # (Q,D)
-    queue_photo = torch.full((config.queue,), -1, device=device)    # (Q,), photo of each negative
-    start, report = 0, {}
-    parts = dict(adapter=adapter, key_encoder=key_encoder, optimizer=optimizer, scaler=scaler)
+    generator = torch.Generator(device)
+    parts, start, report = dict(adapter=adapter, optimizer=optimizer, scaler=scaler), 0, {}
     if checkpoint and Path(checkpoint).exists():
         state = load_state(checkpoint, device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        queue, queue_photo, start = state["queue"], state["queue_photo"], state["step"]
+        start = state["step"]
     distributed = dist.is_initialized()
-    if distributed:
-        dist.broadcast(queue, 0)                                    # one queue for all processes
     is_main = not distributed or dist.get_rank() == 0
     model = nn.parallel.DistributedDataParallel(adapter) if distributed else adapter
     bar = tqdm(total=config.steps, initial=start, desc="adapter", unit="step",
@@ -245,20 +233,21 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
         t = torch.randint(len(sd.alphas_cumprod), (len(a),), generator=generator, device=device)
         noise = torch.randn(z_0.shape, generator=generator, device=device)
-        query_crop, key_crop = (b, a) if config.cross_crop else (a, b)      # addition
 
         # Forward.
         with torch.autocast(device.type, sd.dtype, enabled=sd.dtype is not torch.float32):
-            prompts, query = model(query_crop, with_embedding=True)
-            with torch.no_grad():
-                _, key = key_encoder(key_crop, with_embedding=True)
+            prompts, embeddings = model(torch.cat([a, b]), with_embedding=True)
+        prompts_a, prompts_b = prompts.chunk(2)                     # (B,N,d) each
+        query, key = embeddings.chunk(2)                            # (B,D) each
 
         # Losses.
-        same_photo = photo[:, None] == queue_photo                  # (B,Q)
-        contrastive = info_nce(query, key, queue, config.temperature, ignore=same_photo)
+        keys, photos = (gather(key), gather(photo)) if distributed else (key, photo)
+        same_photo = photo[:, None] == photos                       # (B,Q)
+        contrastive = info_nce(query, key, keys, config.temperature, ignore=same_photo)
         weight = 1.0
         if config.weather_weight:                                   # addition
             weight = weather_weight(a, z_0, config.weather_weight)
+        prompts = prompts_b if config.cross_crop else prompts_a     # b: addition
         diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)
         loss = diffusion + config.contrast * contrastive
 
@@ -271,15 +260,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-
-        # Momentum encoder and queue.
-        with torch.no_grad():
-            for k, q in zip(key_encoder.parameters(), adapter.parameters()):
-                k.lerp_(q, 1 - config.momentum)
-            if distributed:
-                key, photo = gather(key), gather(photo)
-            queue = torch.cat([key, queue])[:config.queue]          # newest first
-            queue_photo = torch.cat([photo, queue_photo])[:config.queue]
 
         # Report.
         sums += torch.stack([diffusion.detach(), contrastive.detach()])
@@ -302,18 +282,15 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Checkpoint.
         if checkpoint and is_main:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(queue=queue, queue_photo=queue_photo, step=step + 1)
-            save_state(state, checkpoint)
+            save_state(state | dict(step=step + 1), checkpoint)
     bar.close()
     adapter.eval()
     return report
 
 
 def gather(x):
-    """(B,...) of each of R processes to (R B,...), the same in all."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    """(B,...) of each of R processes to (R B,...), the same in all; gradients flow back to all."""
+    return torch.cat(all_gather(x.contiguous()))
 
 
 def learning_rate(progress):

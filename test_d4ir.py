@@ -208,7 +208,7 @@ ADDITIONS_ON = dict(residual=True, weather_weight=3.0, cross_crop=True, caption_
 def test_adapter_training_learns_resumes_and_keeps_the_unet(sd, tmp_path, additions):
     photos = [(photo(i, 80, 96) * 255).to(torch.uint8) for i in range(5)]
     before = [p.clone() for p in sd.unet.parameters()]
-    config = prompt_adapter.AdapterConfig(steps=6, batch=2, queue=8, save_every=2, **additions)
+    config = prompt_adapter.AdapterConfig(steps=6, batch=2, save_every=2, **additions)
     inputs = prompt_adapter.residuals(photos, lambda x: x * 0.8) if config.residual else None
     span = noise(0, config.span, 4, sd.width) if config.span else 0
 
@@ -248,9 +248,8 @@ def test_adapter_settings_are_checked(sd):
         with pytest.raises(ValueError, match=message):
             prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4, **options), sd,
                                          [0], prompt_adapter.AdapterConfig())
-    for settings, message in (({"batch": 1}, "batch"), ({"queue": 2}, "queue"),
+    for settings, message in (({"batch": 1}, "batch"),
                               ({"temperature": 0.0}, "temperature"),
-                              ({"momentum": 1.0}, "momentum"),
                               ({"weather_weight": 1.0}, "needs residual")):
         with pytest.raises(ValueError, match=message):
             prompt_adapter.AdapterConfig(**settings)
@@ -259,7 +258,7 @@ def test_adapter_settings_are_checked(sd):
 def test_a_loss_that_is_not_finite_stops_both_trainings(sd, tmp_path):
     a = photo(1, 64, 64).expand(2, 3, 64, 64)
     batch = (torch.full((2, 4, 8, 8), math.nan), a, a, torch.tensor([0, 1]))
-    config = prompt_adapter.AdapterConfig(steps=2, batch=2, queue=4, save_every=1)
+    config = prompt_adapter.AdapterConfig(steps=2, batch=2, save_every=1)
     with pytest.raises(ValueError, match="not finite at step 1"):
         prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4), sd, [batch],
                                      config, checkpoint=tmp_path / "a.pt")
@@ -272,22 +271,28 @@ def test_a_loss_that_is_not_finite_stops_both_trainings(sd, tmp_path):
     assert not list(tmp_path.iterdir())                    # no checkpoint of a broken network
 
 
-def test_cross_crop_swaps_the_crop_behind_the_prompt(sd):
-    seen = []
+def test_cross_crop_swaps_the_crop_behind_the_prompt(sd, monkeypatch):
+    made, used = [], []
+    loss = prompt_adapter.diffusion_loss
+    monkeypatch.setattr(prompt_adapter, "diffusion_loss", lambda sd, z, prompts, *rest: (
+        used.append(prompts), loss(sd, z, prompts, *rest))[1])
 
     class Spy(prompt_adapter.PromptAdapter):
         def forward(self, x, with_embedding=False):
-            seen.append(x.clone())
-            return super().forward(x, with_embedding)
+            assert torch.equal(x, torch.cat([a, b])) and with_embedding
+            made.append(super().forward(x, with_embedding))
+            return made[-1]
 
     a, b = (photo(i, 64, 64).expand(2, 3, 64, 64) for i in (1, 2))
     batch = (noise(0, 2, 4, 8, 8), a, b, torch.tensor([0, 1]))
     for cross_crop in (True, False):
-        seen.clear()
-        config = prompt_adapter.AdapterConfig(steps=1, batch=2, queue=4, cross_crop=cross_crop)
-        prompt_adapter.train_adapter(Spy(sd.width, 4), sd, [batch], config)
-        first, second = (b, a) if cross_crop else (a, b)
-        assert len(seen) == 2 and torch.equal(seen[0], first) and torch.equal(seen[1], second)
+        adapter = Spy(sd.width, 4)
+        nn.init.normal_(adapter.to_prompts[-1].weight)
+        config = prompt_adapter.AdapterConfig(steps=1, batch=2, cross_crop=cross_crop)
+        prompt_adapter.train_adapter(adapter, sd, [batch], config)
+        of_a, of_b = made.pop()[0].chunk(2)
+        assert not torch.equal(of_a, of_b)
+        assert torch.equal(used.pop(), of_b if cross_crop else of_a)
 
 
 def test_residuals_show_what_the_teacher_removes():
@@ -1856,7 +1861,7 @@ class Root(nn.Module):
 def test_weights_that_are_not_finite_are_never_saved(sd, tmp_path):
     a = photo(1, 64, 64).expand(2, 3, 64, 64)
     batch = (noise(1, 2, 4, 8, 8), a, a, torch.tensor([0, 1]))
-    config = prompt_adapter.AdapterConfig(steps=1, batch=2, queue=4, save_every=1)
+    config = prompt_adapter.AdapterConfig(steps=1, batch=2, save_every=1)
     with pytest.raises(ValueError, match="weights are not finite at step 1"):
         prompt_adapter.train_adapter(Root(prompt_adapter.PromptAdapter(sd.width, 4)), sd, [batch],
                                      config, checkpoint=tmp_path / "a.pt")
@@ -2074,7 +2079,7 @@ def torchrun(*arguments, **options):
 
 def train_one_step(folder):
     """One update of an adapter and of a student, on this process's part of a batch of four.
-    Writes the gradients and the adapter's checkpoint, with its queue."""
+    Writes the gradients and the adapter's checkpoint."""
     rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     if ranks > 1:
         torch.distributed.init_process_group("gloo")
@@ -2093,7 +2098,7 @@ def train_one_step(folder):
     name = folder / f"adapter-{ranks}.pt"
     prompt_adapter.train_adapter(
         adapter, fake, [[column[own] for column in batch]], prompt_adapter.AdapterConfig(
-            steps=1, batch=2, queue=8, contrast=1.0), seed=1000 * rank, checkpoint=name)
+            steps=1, batch=2, contrast=1.0), seed=1000 * rank, checkpoint=name)
     distill.distill(Darker(), student, [a[own]], distill.DistillConfig(steps=1))
     if rank == 0:
         torch.save([p.grad for network in (adapter, student) for p in network.parameters()],
@@ -2114,8 +2119,6 @@ def test_two_processes_train_like_one_with_the_joined_batch(tmp_path):
     for a, b in zip(two, one):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     two, one = (torch.load(tmp_path / f"adapter-{n}.pt") for n in (2, 1))
-    assert two["queue_photo"].tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
-    torch.testing.assert_close(two["queue"], one["queue"])
     torch.testing.assert_close(two["adapter"], one["adapter"], rtol=1e-3, atol=1e-4)
 
 

@@ -22,7 +22,7 @@ from demo.weather import DOMAINS, KINDS, add_weather, to_pil
 SPLITS = {name: i for i, name in enumerate(
     ["pretraining", "pretraining-test", "original", "original-test", "web-degraded", "web-clean"])}
 
-WEB_DEGRADED, WEB_CLEAN, TEST = 128, 256, 36            # photos in each folder; our choice
+WEB_DEGRADED, WEB_CLEAN, TEST = 512, 256, 36            # photos in each folder; our choice
 WEB_SIZE, TEST_SIZE = (144, 192), (128, 160)            # px, height and width
 ORIGINAL_SIZE = (128, 128)
 

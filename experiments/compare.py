@@ -113,11 +113,6 @@ class Captions:
         return self.prompts[torch.arange(len(degraded)) % len(self.prompts)]
 
 
-def plain_captions(task):
-    """Untuned captions, with the weather and nothing else."""
-    return [f"a photo in {weather}" for weather in d4ir.TASKS[task].weather]
-
-
 # ---------------------------------------------------------------- images and students of a row
 
 class Bench:
@@ -179,8 +174,8 @@ class Bench:
         return load_adapter(path, run.device)
 
     def captions(self, plain=False):
-        task = self.run.args.task
-        captions = plain_captions(task) if plain else d4ir.TASKS[task].captions
+        task = d4ir.TASKS[self.run.args.task]
+        captions = task.plain_captions() if plain else task.captions
         return Captions(self.run.sd, captions, self.run.adapter.tokens)
 
     def synthesize(self, name, adapter, clean=None, degraded=None, **settings):
@@ -345,8 +340,8 @@ def compare(bench, names, seeds):
         took = {key: shared[key] for key in row.reuses if key in shared} | own
         per_student = statistics.fmean(took[key] for key in took if key.startswith("student"))
         total = per_student + took.get("adapter", 0) + took.get("synth", 0)
-        quoted = {"captions": d4ir.TASKS[run.args.task].captions,
-                  "plain": plain_captions(run.args.task)}
+        task = d4ir.TASKS[run.args.task]
+        quoted = {"captions": task.captions, "plain": task.plain_captions()}
         quoted = {key: ", ".join(map(repr, texts)) for key, texts in quoted.items()}
         stats |= {"minutes": total / 60, "note": row.note.format(**quoted, **asdict(run.synth))}
         if "synth" in took:
