@@ -358,23 +358,25 @@ class CropPairs:
     """Endless batches of crop pairs: (latents of a (B,C,h,w), a and b (B,3,size,size) uint8, photo
     numbers (B,)). Each batch is a deterministic function of seed and step.
 
-    photos: list of (3,H,W) uint8, at least `size` px high and wide. sd: with encode and factor, px
-    per latent; the U-Net needs a `size` that is a multiple of 8 of them. The latents are computed
-    once, and cropped: re-encoding every crop would make a step take 1.67 times as long. Crop b is
-    the one of eight candidates that is farthest from a (our choice). inputs: addition, the photos'
-    residuals (`residuals`), which a and b are then cropped from.
+    photos: list of (3,H,W) uint8, at least `size` px high and wide; each is also used mirrored.
+    sd: with encode and factor, px per latent; the U-Net needs a `size` that is a multiple of 8 of
+    them. The latents are computed once, and cropped: re-encoding every crop would make a step take
+    1.67 times as long. Crop b is the one of eight candidates that is farthest from a. Mirroring
+    and the choice of b are ours. inputs: addition, the photos' residuals (`residuals`), which a and
+    b are then cropped from.
     """
 
     def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
         self.inputs, self.size, self.batch, self.seed = inputs or photos, size, batch, seed
-        self.step, self.factor, self.latents = 0, sd.factor, []
-        for photo in tqdm(photos, "latents", disable=None):
+        self.step, self.factor, self.latents = 0, sd.factor, []     # mirrored ones: second half
+        for i in tqdm(range(2 * len(photos)), "latents", disable=None):
+            photo = pick(photos, i)
             height, width = (n // sd.factor * sd.factor for n in photo.shape[-2:])
             z = sd.encode(photo[None, :, :height, :width].float() / 255)
             self.latents.append(z[0].half().cpu())                  # (C,h,w)
 
     def __len__(self):
-        return len(self.inputs)
+        return len(self.latents)
 
     def __iter__(self):
         while True:
@@ -385,15 +387,20 @@ class CropPairs:
         rng, rows, f = np.random.default_rng([self.seed, step]), [], self.factor
         first = step * self.batch
         for i in shuffled_epochs(len(self), first, self.batch, self.seed):
-            z, photo, side = self.latents[i], self.inputs[i], self.size // f
+            z, photo, side = self.latents[i], pick(self.inputs, i), self.size // f
             corners = rng.integers([z.shape[1] - side + 1, z.shape[2] - side + 1], size=(9, 2))
             distances = abs(corners[1:] - corners[0]).max(1)
             (y, x), (y_b, x_b) = corners[0], corners[1 + distances.argmax()]    # in latents
             rows.append((z[:, y:y + side, x:x + side],
                          photo[:, y * f:y * f + self.size, x * f:x * f + self.size],
                          photo[:, y_b * f:y_b * f + self.size, x_b * f:x_b * f + self.size],
-                         torch.tensor(i)))
+                         torch.tensor(i % len(self.inputs))))
         return [torch.stack(column) for column in zip(*rows)]
+
+
+def pick(photos, i):
+    """Photo i of n, or photo i - n mirrored."""
+    return photos[i] if i < len(photos) else photos[i - len(photos)].flip(-1)
 
 
 def shuffled_epochs(n, first, count, seed):

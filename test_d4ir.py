@@ -107,6 +107,13 @@ def make_sd(folder, prediction_type="epsilon", **unet):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_demo_photos(monkeypatch):
+    """Runs in this process render fewer photos; those in others write the default's."""
+    monkeypatch.setattr(demo.photos.write_photos, "__defaults__",
+                        (("degraded", "clean", "test"), 16, 8, demo.photos.TEST, 0))
+
+
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction"])
 def sd(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd") / request.param
@@ -381,6 +388,21 @@ def test_a_batch_follows_from_seed_and_step(sd):
             assert sorted(epoch) == [0, 1, 2, 3, 4]
     plain = module.batches_from(["a", "b", "c"], 4)        # any other iterable is repeated
     assert [next(plain) for _ in range(3)] == ["b", "c", "a"]
+
+
+def test_every_photo_is_also_used_mirrored(sd):
+    image = (photo(0, 64, 72) * 255).to(torch.uint8)
+    loader = prompt_adapter.CropPairs([image], sd, 64, 1, inputs=[255 - image])
+    seen = []
+    for _, (z, a, b, number) in zip(range(8), loader):
+        assert number == 0
+        mirrored = not any(torch.equal(a[0], (255 - image)[..., x:x + 64]) for x in (0, 8))
+        source = image.flip(-1) if mirrored else image
+        x = next(x for x in (0, 8) if torch.equal(a[0], (255 - source)[..., x:x + 64]))
+        whole = sd.encode(source[None] / 255)
+        torch.testing.assert_close(z.float(), whole[..., x // 8:x // 8 + 8], atol=1e-2, rtol=1e-2)
+        seen.append(mirrored)
+    assert set(seen) == {False, True}
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -1811,7 +1833,6 @@ def test_a_new_task_needs_one_entry(own_photos, tmp_path, monkeypatch):
     task = d4ir.Task(("a photo in light snow", "a photo in light rain"), ("rain", "snow"),
                      dict(strength=0.5, adapter_lr=2e-4))
     monkeypatch.setitem(d4ir.TASKS, "desleet", task)
-    monkeypatch.setattr("demo.photos.TEST", 2)
     d4ir.main(["--task", "desleet", "--out", str(tmp_path / "run"), "--student-width", "4", *TINY])
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["synth"]["strength"] == 0.5 and config["adapter"]["lr"] == 2e-4

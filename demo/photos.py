@@ -115,10 +115,9 @@ def degraded_photo(weather, i):
     return Photo("web-degraded", 10_000 * KINDS.index(kind) + i, kind, "web", *WEB_SIZE)
 
 
-def captions(weather, count):
-    """The exact captions of the first `count` photos of the folder `degraded`."""
-    photos = [degraded_photo(weather, i) for i in range(count)]
-    return [", ".join(render_photo(photo)[2]) for photo in photos]
+def caption(weather, i):
+    """The exact caption of number i of the folder `degraded`."""
+    return ", ".join(render_photo(degraded_photo(weather, i))[2])
 
 
 def write_photo(job):

@@ -77,13 +77,14 @@ def second_crops(run, indices):
             for i in indices]
 
 
-def exact_captions(run):
-    """The renderer's description of every degraded photo; None if they are not the demo's."""
+def exact_captions(run, indices):
+    """The renderer's description of the degraded photo behind each synthesized image, {index:
+    caption}; None if the photos are not the demo's."""
     if run.args.degraded.resolve() != (run.out / "demo" / run.args.task / "degraded").resolve():
         return None
-    from demo import photos
-    count = len(list_images(run.args.degraded))
-    return photos.captions(d4ir.TASKS[run.args.task].weather, count)
+    from demo.photos import caption
+    weather = d4ir.TASKS[run.args.task].weather
+    return {i: caption(weather, photo_number(run, i)) for i in indices}
 
 
 def render_weather(kind, place, weather, size):
@@ -125,7 +126,7 @@ def synthesize_captions(run, captions):
         indices = range(first, min(first + batch, run.synth.images))
         clean = draw_crops(run.clean, run.size, run.args.seed, indices, 0)
         degraded = draw_crops(run.degraded, run.size, run.args.seed, indices, 1)
-        texts = [captions[photo_number(run, i)] for i in indices]
+        texts = [captions[i] for i in indices]
         prompts = run.sd.text_prompt(texts, run.adapter.tokens)
         generator = torch.Generator().manual_seed(run.args.seed * 1_000_003 + first)
         images += synthesize_photos(clean, degraded, lambda x: prompts, run.sd, run.synth,
@@ -133,17 +134,16 @@ def synthesize_captions(run, captions):
     return images
 
 
-def following_figure(run, adapter, captions, path, count=8):
+def following_figure(run, adapter, captions, indices, path):
     """One clean photo and one noise with the prompts of several degraded photos."""
-    seed, indices = run.args.seed, range(count)
+    seed = run.args.seed
     clean = draw_crops(run.clean, run.size, seed, [0], 0)
     degraded = draw_crops(run.degraded, run.size, seed, indices, 1)
     inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, indices, 1)
     prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in inputs]}
     if captions:
         prompts["from its exact caption"] = [
-            run.sd.text_prompt(captions[photo_number(run, i)], run.adapter.tokens)
-            for i in indices]
+            run.sd.text_prompt(captions[i], run.adapter.tokens) for i in indices]
     columns = {"degraded": degraded}
     for title, values in prompts.items():
         columns[title] = [
@@ -159,7 +159,7 @@ def main(argv=None):
     args, indices = run.args, range(run.synth.images)
     degraded = measure(run, draw_crops(run.degraded, run.size, args.seed, indices, 1))
     images = [read_image(path) / 255 for path in list_images(run.out / "synth")]
-    captions = exact_captions(run)
+    captions = exact_captions(run, indices)
     result = {"task": args.task, "n_images": len(images),
               "d4ir": spearman(degraded, measure(run, images))}
     if captions:
@@ -169,7 +169,7 @@ def main(argv=None):
     own.results.mkdir(parents=True, exist_ok=True)
     path = own.results / f"following-{args.task}"
     adapter = load_adapter(run.out / "adapter.safetensors", run.device)
-    following_figure(run, adapter, captions, path.with_suffix(".png"))
+    following_figure(run, adapter, captions, indices[:8], path.with_suffix(".png"))
     if captions:
         result["contrast"] = contrast(run, adapter)
     result |= provenance("following", argv) | {"seed": args.seed}
