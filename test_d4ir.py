@@ -2514,7 +2514,7 @@ def test_every_sweep_of_the_comparison(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_weathers(tmp_path, monkeypatch):
     """The diagonal of the table is where prompts and test set have the same look."""
-    for name, value in dict(WEB_DEGRADED=3, TEST=2).items():
+    for name, value in dict(WEB_DEGRADED=6, TEST=2).items():
         monkeypatch.setattr(two_weathers, name, value)
     command = ["--task", "derain", "--student-width", "4", "--out", tmp_path / "run", "--seeds",
                "1", "--results", tmp_path, *TINY]
