@@ -367,7 +367,7 @@ def make_parser():
     add("--task", required=True, choices=TASKS, help="all: one student for all weathers")
     add("--stage", nargs="+", choices=(*STAGES, *STANDALONE),
         help="one or more of the four stages (all four); or restore or export")
-    add("--sd", default=mini_sd, required=demo is None, metavar="SD",
+    add("--sd", default=mini_sd, metavar="SD",
         help="Stable Diffusion 1.x or 2.x: diffusers folder or hub id (the demo's mini-SD)")
     add("--degraded", type=Path, metavar="DIR", help="web photos in bad weather (the demo's)")
     add("--clean", type=Path, metavar="DIR", help="web photos in good weather (the demo's)")
@@ -378,7 +378,7 @@ def make_parser():
         help="use the adapter.safetensors of another run instead of training one; its Stable "
              "Diffusion must have the same prompt width and, with addition residual, its teacher "
              "must be the same; --tokens and --adapter-* are ignored")
-    add("--teacher", default=teacher, required=demo is None, metavar="SPEC",
+    add("--teacher", default=teacher, metavar="SPEC",
         help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
         help="pad the input of a FILE.py network to a multiple of N px (1)")
@@ -439,7 +439,12 @@ def parse(argv):
     on = [to_flag(name) for name, value in off.items() if getattr(args, name) != value]
     if args.no_additions and on:
         parser.error(f"--no-additions cannot be combined with {on[0]}")
-    if set(STANDALONE) & set(args.stage or ()) and len(args.stage) > 1:
+    standalone = set(STANDALONE) & set(args.stage or ())
+    missing = [to_flag(name) for name in ("sd", "teacher", "degraded", "clean", "test")
+               if getattr(args, name) is None]
+    if demo is None and missing and not standalone:
+        parser.error(f"demo/ is missing; specify {' and '.join(missing)}")
+    if standalone and len(args.stage) > 1:
         parser.error("--stage restore and --stage export cannot be combined with other stages")
     if args.stage == ["restore"] and not (args.input and args.output):
         parser.error("--stage restore needs --input and --output")
@@ -488,11 +493,6 @@ class Run:
         """Addition: what the teacher removes from each degraded photo."""
         return residuals(self.degraded, lambda x: restore_photo(self.teacher, x))
 
-    def sees_residuals(self):
-        """Whether the adapter's input depends on the teacher."""
-        file = self.args.adapter_file
-        return load_adapter(file).config["residual"] if file else self.adapter.residual
-
     def adapter_inputs(self, adapter):
         """What an adapter sees of the degraded photos: themselves or, addition, their residuals."""
         return self.residuals if adapter.config["residual"] else self.degraded
@@ -518,9 +518,9 @@ class Run:
 
     def additions(self):
         """Names of the additions that are switched on."""
-        if self.args.adapter_file:
-            return [f"those of {self.args.adapter_file}"] + self.synth.active_additions()
-        return self.adapter.active_additions() + self.synth.active_additions()
+        file = self.args.adapter_file
+        adapter = [f"those of {file}"] if file else self.adapter.active_additions()
+        return adapter + self.synth.active_additions()
 
     def log(self, text):
         if self.is_main:
@@ -546,13 +546,14 @@ class Run:
 
     def settings(self):
         """{stage: what its product depends on}."""
-        args, adapter_sha256 = self.args, None
+        args, adapter_sha256, residual = self.args, None, self.adapter.residual
         if args.adapter_file:
             adapter_sha256 = hashlib.sha256(args.adapter_file.read_bytes()).hexdigest()
+            residual = load_adapter(args.adapter_file).config["residual"]
         adapter = dict(task=args.task, precision=args.precision, seed=args.seed,
                        sd=absolute(args.sd), degraded=absolute(args.degraded), size=args.size,
                        photo_size=args.photo_size, adapter_sha256=adapter_sha256)
-        if self.sees_residuals():
+        if residual:                                        # the input depends on the teacher
             adapter |= dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple)
         synth = dict(clean=absolute(args.clean), photo_size=args.photo_size)
         distill = dict(teacher=absolute(args.teacher), teacher_multiple=args.teacher_multiple,
@@ -597,8 +598,8 @@ def check_inputs(run):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{name} {folder}: no such folder")
-        if folder is not None and folder.resolve() in args.out.resolve().parents:
-            raise ValueError(f"--out {args.out} is inside --{name} {folder}, and its images would "
+        if folder is not None and args.out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--out {args.out} is in --{name} {folder}, and its images would "
                              "be read as photos: choose another --out")
         if folder is not None and name != "test" and not list_images(folder, recursive=True):
             raise ValueError(f"--{name} {folder}: no image file (png, jpg, bmp, webp, tif)")
@@ -750,8 +751,6 @@ def write_demo_photos(run):
                if demo and str(demo.WEIGHTS) in getattr(args, name)]
     if missing or bundled:
         run.log("using the bundled demo for: --" + ", --".join(missing + bundled))
-    if missing and demo is None:
-        raise ValueError(f"demo/ is missing; specify --{' and --'.join(missing)}")
     folder = run.out / "demo" / args.task
     if missing and run.is_main:
         from demo import photos

@@ -160,16 +160,13 @@ class Crops:
             self.step += 1
 
     def batch_at(self, step):
-        rng, n = np.random.default_rng([self.seed, step]), len(self.images)
+        rng, n, rows = np.random.default_rng([self.seed, step]), len(self.images), []
         sources = [self.images] if self.targets is None else [self.images, self.targets]
-        columns = [[] for _ in sources]
         for i in shuffled_epochs(n, step * self.batch, self.batch, self.seed):
             y, x = (int(rng.integers(side - self.crop + 1)) for side in self.images[i].shape[-2:])
-            mirror = rng.random() < 0.5
-            for column, source in zip(columns, sources):
-                crop = source[i][:, y:y + self.crop, x:x + self.crop]
-                column.append(crop.flip(-1) if mirror else crop)
-        batch = [torch.stack(column) for column in columns]             # (B,3,crop,crop) each
+            crops = [source[i][:, y:y + self.crop, x:x + self.crop] for source in sources]
+            rows.append([crop.flip(-1) for crop in crops] if rng.random() < 0.5 else crops)
+        batch = [torch.stack(column) for column in zip(*rows)]          # (B,3,crop,crop) each
         return batch if len(batch) > 1 else batch[0]
 
 

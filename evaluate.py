@@ -372,15 +372,12 @@ def find_pairs(folder):
 
 def find_sets(root, depth):
     """[(degraded folder, truth folder)] of the sets in `root` and at most `depth` levels below."""
-    sets = []
-    for path, subfolders, _ in os.walk(root, followlinks=True):
-        folder = Path(path)
-        found = find_set(folder)
-        sets += found
-        if found or len(folder.relative_to(root).parts) == depth:
-            subfolders.clear()                             # os.walk goes no deeper here
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-    return sets
+    found = find_set(root)
+    if found or depth == 0:
+        return found
+    subfolders = sorted(path for path in root.iterdir()
+                        if path.is_dir() and not path.name.startswith("."))
+    return [pair for folder in subfolders for pair in find_sets(folder, depth - 1)]
 
 
 def find_set(folder):

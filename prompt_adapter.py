@@ -13,9 +13,10 @@ abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffus
 q, k     query, key    (B,D), unit length: embeddings of the two crops
 tau      temperature   scalar
 
-Contrastive pairs: two crops of one photo share its degradation (positive); the crops of the other
-photos of the batch are the negatives. InfoNCE with negatives from the batch (SimCLR, Chen et al.
-2020) is our choice of a contrastive loss. Additions of ours are marked. On its own:
+Contrastive pairs: two crops of one photo share its degradation (positive); crops b of the other
+photos in the batch, in all processes, are the negatives. InfoNCE with negatives from the batch (as
+in SimCLR, Chen et al. 2020) is our choice of a contrastive loss. Additions of ours are marked. On
+its own:
 
     adapter = PromptAdapter(sd.width, tokens=77, base=sd.null_prompt(77))
     loader = CropPairs(photos, sd, size=512, batch=16)          # photos: list of (3,H,W) uint8
@@ -37,7 +38,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 
@@ -55,7 +55,7 @@ class AdapterConfig:
     residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
     weather_weight: float = 0.0  # addition: a latent's diffusion loss counts 1 + this * |residual|
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
-    caption_base: bool = False  # addition: prompts are centred on a caption's embedding
+    caption_base: bool = False  # addition: prompts are centred on the plain captions' mean
     span: int = 0               # addition: K, prompts vary along K directions between captions
 
     ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False,
@@ -148,9 +148,9 @@ def info_nce(query, key, queue, temperature, ignore=None):
     """InfoNCE (van den Oord et al. 2018):
     mean over B of -log( exp(q.k / tau) / (exp(q.k / tau) + sum_j exp(q.n_j / tau)) ).
 
-    query, key: (B,D), unit length. queue: (Q,D), unit length, the negatives n_j; here the keys of
-    the batch. temperature: tau. ignore: (B,Q) bool, negatives to exclude (crops of the query's own
-    photo).
+    query, key: (B,D), unit length. queue: (Q,D), unit length, the negatives n_j; in
+    `train_adapter`, the keys of all processes. temperature: tau. ignore: (B,Q) bool, negatives to
+    exclude (crops of the query's own photo).
     Returns a scalar. Raises ValueError if the shapes do not fit.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
@@ -241,7 +241,9 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         query, key = embeddings.chunk(2)                            # (B,D) each
 
         # Losses.
-        keys, photos = (gather(key), gather(photo)) if distributed else (key, photo)
+        keys, photos = key, photo
+        if distributed:
+            keys, photos = Gather.apply(key), Gather.apply(photo)
         same_photo = photo[:, None] == photos                       # (B,Q)
         contrastive = info_nce(query, key, keys, config.temperature, ignore=same_photo)
         weight = 1.0
@@ -288,9 +290,20 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     return report
 
 
-def gather(x):
+class Gather(torch.autograd.Function):
     """(B,...) of each of R processes to (R B,...), the same in all; gradients flow back to all."""
-    return torch.cat(all_gather(x.contiguous()))
+
+    @staticmethod
+    def forward(context, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def learning_rate(progress):
@@ -301,11 +314,12 @@ def learning_rate(progress):
 # ---------------------------------------------------------------- Additions (ours)
 
 def centering(hidden):
-    """Addition `caption_base`: P = B + W (h - mean h) / std h, where B is a caption's embedding.
+    """Addition `caption_base`: P = B + W (h - mean h) / std h, where B is the mean embedding of the
+    task's plain captions ("a photo in snow").
 
-    The caption sets the mean severity; the photo contributes its deviation from the other photos.
-    Uncentred prompts drift towards the average severity of web photos, which is lower than that
-    of a teacher's training data.
+    The captions set the mean; the photo contributes its deviation from the other photos. Uncentred
+    prompts drift towards the average severity of web photos, which is lower than that of a
+    teacher's training data.
     """
     return nn.BatchNorm1d(hidden, affine=False)
 
@@ -360,10 +374,10 @@ class CropPairs:
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide; each is also used mirrored.
     sd: with encode and factor, px per latent; the U-Net needs a `size` that is a multiple of 8 of
-    them. The latents are computed once, and cropped: re-encoding every crop would make a step take
-    1.67 times as long. Crop b is the one of eight candidates that is farthest from a. Mirroring
-    and the choice of b are ours. inputs: addition, the photos' residuals (`residuals`), which a and
-    b are then cropped from.
+    them. The latents are computed once, and cropped: re-encoding every crop made a step take 1.67
+    times as long. Crop b is the one of eight candidates that is farthest from a. Mirroring and the
+    choice of b are ours. inputs: addition, the photos' residuals (`residuals`), which a and b are
+    then cropped from.
     """
 
     def __init__(self, photos, sd, size, batch, seed=0, inputs=None):

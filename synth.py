@@ -265,7 +265,6 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
             pending.append(indices)
     bar = tqdm(total=sum(map(len, pending)), desc="synth", unit="image",
                disable=True if rank else None)
-    writes = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for indices in pending:
             clean = draw_crops(clean_photos, size, seed, indices, 0)
@@ -276,15 +275,10 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
                 raise ValueError("the synthesized images are not finite: use --precision bf16 or "
                                  "fp32, or another --sd")
             images = (images * 255).round().to(torch.uint8).cpu()               # GPU sync point
-            for write in writes:
-                write.result()                              # re-raise write errors
-            writes = [threads.submit(write_png, image, path(i))
-                      for i, image in zip(indices, images)]
+            list(threads.map(write_png, images, map(path, indices)))            # re-raises errors
             bar.update(len(indices))
             if bar.disable and not rank:
                 print(f"synth    {indices[-1] + 1:6d}/{config.images}", flush=True)
-        for write in writes:
-            write.result()
     bar.close()
 
 

@@ -1783,6 +1783,9 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, network, tmp_path, capsy
     with pytest.raises(ValueError, match="choose another --out"):
         d4ir.main([*task, "--out", str(tmp_path / "mine"), "--restart"])
     assert (tmp_path / "mine/thesis.txt").exists()
+    for out in (folders / "bad", folders / "bad/run"):     # its images would be read as photos
+        with pytest.raises(ValueError, match="is in --degraded"):
+            d4ir.main([*task, "--degraded", str(folders / "bad"), "--out", str(out)])
 
 
 def test_a_corrected_command_and_a_restart(folders, own_photos, tmp_path):
@@ -2774,3 +2777,7 @@ def test_the_method_works_without_the_demo(own_photos, tmp_path):
     command += ["--sd", str(MINI), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "additions: none" in done.stdout, done.stderr
+    made = tmp_path / "run"                                # restoring needs no Stable Diffusion
+    alone = [*command[:4], "--stage", "restore", "--model", str(made / "student.safetensors"),
+             "--input", str(made / "synth/000000.png"), "--output", str(tmp_path / "restored")]
+    assert subprocess.run(alone).returncode == 0
