@@ -775,7 +775,7 @@ def repeat_interrupt(discarded):
     error = discarded.exc_value
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
-        threading.Timer(0.1, signal.raise_signal, [number]).start()
+        threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
     else:
         sys.__unraisablehook__(discarded)
 

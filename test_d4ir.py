@@ -57,6 +57,18 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
+FEW_PHOTOS = (("degraded", "clean", "test"), 16, 8, demo.photos.TEST, 0)
+
+
+def run_demo(*arguments):
+    """The same with fewer photos of the demo."""
+    code = ("import d4ir, demo.photos\n"
+            f"demo.photos.write_photos.__defaults__ = {FEW_PHOTOS}\n"
+            "d4ir.run_command(d4ir.main)")
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True)
+
+
 def noise(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -109,9 +121,8 @@ def make_sd(folder, prediction_type="epsilon", **unet):
 
 @pytest.fixture(autouse=True)
 def few_demo_photos(monkeypatch):
-    """Runs in this process render fewer photos; those in others write the default's."""
-    monkeypatch.setattr(demo.photos.write_photos, "__defaults__",
-                        (("degraded", "clean", "test"), 16, 8, demo.photos.TEST, 0))
+    """Runs in this process render fewer photos of the demo."""
+    monkeypatch.setattr(demo.photos.write_photos, "__defaults__", FEW_PHOTOS)
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction"])
@@ -1525,9 +1536,18 @@ def test_pretraining_writes_weights_and_a_log_and_resumes(tmp_path):
 def demo_run(tmp_path_factory):
     """The embedded default on a tiny budget, and its output."""
     out = tmp_path_factory.mktemp("runs") / "desnow"
-    done = run("--task", "desnow", "--out", out, *TINY)
+    done = run_demo("--task", "desnow", "--out", out, *TINY)
     assert done.returncode == 0, done.stderr
     return out, done
+
+
+@pytest.mark.slow
+def test_the_first_command_renders_the_photos(tmp_path):
+    done = run("--task", "desnow", "--out", tmp_path / "run", *TINY, "--stage", "adapter")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run/demo/desnow"
+    assert len(list((folder / "degraded").iterdir())) == demo.photos.WEB_DEGRADED
+    assert len(list((folder / "clean").iterdir())) == demo.photos.WEB_CLEAN
 
 
 def test_the_embedded_default_writes_every_file(demo_run):
@@ -1561,10 +1581,11 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(demo_run):
     times = lambda: {f: f.stat().st_mtime_ns for f in out.rglob("*")
                      if f.is_file() and f.name not in ("config.json", "lock")}
     before = times()
-    again = run("--task", "desnow", "--out", out, *TINY)
+    again = run_demo("--task", "desnow", "--out", out, *TINY)
     assert again.returncode == 0 and again.stdout.count("already finished") == 4, again.stderr
     assert before == times()
-    other = run("--task", "desnow", "--out", out, *TINY, "--strength", "0.4", "--photo-size", "99")
+    other = run_demo("--task", "desnow", "--out", out, *TINY, "--strength", "0.4",
+                     "--photo-size", "99")
     assert other.returncode == 2 and other.stdout == "" and len(other.stderr.splitlines()) == 1
     strength = demo.SETTINGS["strength"]
     assert f"strength of synth was {strength}, now 0.4" in other.stderr
@@ -2310,6 +2331,7 @@ def go_compare(folders, own_photos, tmp_path):
     return go
 
 
+@pytest.mark.slow
 def test_compare_reuses_resumes_and_rejects_changed_settings(go_compare, tmp_path, monkeypatch):
     rows, first = go_compare("--rows", "original", "gan", "d4ir", "d4ir+web")
     assert list(rows) == ["input", "teacher", "original", "gan", "d4ir", "d4ir+web"]
@@ -2396,9 +2418,10 @@ def test_properties_of_the_weather():
     assert following.spearman(a, np.exp(a)) == pytest.approx(dict.fromkeys(following.PROPERTIES, 1))
 
 
-def test_following(demo_run, folders, tmp_path):
+def test_following(demo_run, folders, tmp_path, monkeypatch):
     """For the demo's photos, whose exact captions are known, and for a user's own."""
     out, _ = demo_run
+    monkeypatch.setattr(following.contrast, "__defaults__", (8,))  # photos
     command = ["--task", "desnow", *TINY, "--results", str(tmp_path)]
     following.main([*command, "--out", str(out)])
     result = json.loads((tmp_path / "following-desnow.json").read_text())
