@@ -314,8 +314,8 @@ def learning_rate(progress):
 # ---------------------------------------------------------------- Additions (ours)
 
 def centering(hidden):
-    """Addition `caption_base`: P = B + W (h - mean h) / std h, where B is the mean embedding of the
-    task's plain captions ("a photo in snow").
+    """Addition `caption_base`: P = base + W (h - mean h) / std h, where base is the mean
+    embedding of the task's plain captions ("a photo in snow").
 
     The captions set the mean; the photo contributes its deviation from the other photos. Uncentred
     prompts drift towards the average severity of web photos, which is lower than that of a
@@ -373,11 +373,11 @@ class CropPairs:
     numbers (B,)). Each batch is a deterministic function of seed and step.
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide; each is also used mirrored.
-    sd: with encode and factor, px per latent; the U-Net needs a `size` that is a multiple of 8 of
-    them. The latents are computed once, and cropped: re-encoding every crop made a step take 1.67
-    times as long. Crop b is the one of eight candidates that is farthest from a. Mirroring and the
-    choice of b are ours. inputs: addition, the photos' residuals (`residuals`), which a and b are
-    then cropped from.
+    sd: with encode and factor, px per latent. size: a multiple of 8 latents (8 * factor px). The
+    latents are computed once, and cropped: re-encoding every crop made a step take 1.67 times as
+    long. Crop b is the one of eight candidates that is farthest from a. Mirroring and the choice
+    of b are ours. inputs: addition, the photos' residuals (`residuals`), which a and b are then
+    cropped from.
     """
 
     def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
