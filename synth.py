@@ -265,6 +265,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
             pending.append(indices)
     bar = tqdm(total=sum(map(len, pending)), desc="synth", unit="image",
                disable=True if rank else None)
+    writes = ()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for indices in pending:
             clean = draw_crops(clean_photos, size, seed, indices, 0)
@@ -275,10 +276,12 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
                 raise ValueError("the synthesized images are not finite: use --precision bf16 or "
                                  "fp32, or another --sd")
             images = (images * 255).round().to(torch.uint8).cpu()               # GPU sync point
-            list(threads.map(write_png, images, map(path, indices)))            # re-raises errors
+            list(writes)                                    # of the last batch; re-raises errors
+            writes = threads.map(write_png, images, map(path, indices))
             bar.update(len(indices))
             if bar.disable and not rank:
                 print(f"synth    {indices[-1] + 1:6d}/{config.images}", flush=True)
+        list(writes)
     bar.close()
 
 
