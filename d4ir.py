@@ -65,18 +65,18 @@ except ImportError:                     # the method works without demo/
 @dataclass(frozen=True)
 class Task:
     """Task-specific settings. All values are our choice."""
-    captions: tuple                     # a baseline of experiments/, chosen by the demo's test set
-    weather: tuple                      # kinds, of the demo's photos and of plain captions
-    demo_settings: dict = field(default_factory=dict)       # where they differ from demo.SETTINGS
+    captions: tuple                     # a baseline in experiments/, chosen on the demo's test set
+    weather: tuple                      # kinds of weather, for demo photos and plain captions
+    demo_settings: dict = field(default_factory=dict)       # override demo.SETTINGS
     demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
-    phrases: tuple = ()                 # addition span: see `variations`; none: no span
+    phrases: tuple = ()                 # addition span: groups of phrases; empty: no span
 
     def plain_captions(self):
-        """Captions with the weather and nothing else. Addition caption_base: their mean."""
+        """Captions that name only the weather. Addition caption_base: their mean."""
         return [f"a photo in {weather}" for weather in self.weather]
 
     def variations(self):
-        """Captions with one phrase of each group, in all combinations."""
+        """Captions with one phrase from each group, in all combinations."""
         return [", ".join(words) for groups in self.phrases for words in product(*groups)]
 
 
@@ -98,7 +98,8 @@ TASKS = {
                 ("haze", "rain", "snow"), dict(distill_steps=4500), phrases=(RAIN, HAZE, SNOW)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Files of each stage in the run folder; the first one exists once the stage is finished.
+# Files of each stage in the run folder; the first one exists once the stage is finished (evaluate:
+# only with ground truth).
 PRODUCTS = {"adapter": ("adapter.safetensors", "adapter.pt", "adapter.png", "log.jsonl"),
             "synth": ("synth.png", "synth"),
             "distill": ("student.safetensors", "student.pt", "losses.png", "student.pt2",
@@ -131,7 +132,7 @@ def main(argv=None):
 
 
 def adapter_stage(run):
-    """DPA: learns a prompt for every degraded photo, or copies the adapter of --adapter."""
+    """DPA: trains the adapter (degraded photo to prompt), or copies that of --adapter."""
     sd, config, seed = run.sd, run.adapter, run.args.seed + 1000 * run.rank
     if run.args.adapter_file:
         adapter = load_adapter(run.args.adapter_file, run.device)
@@ -153,7 +154,7 @@ def adapter_stage(run):
 
 
 def synth_stage(run):
-    """CCD: synthesizes degraded photos from clean ones with those prompts."""
+    """CCD: synthesizes degraded photos from clean ones, conditioned on the adapter's prompts."""
     adapter, folder = load_adapter(run.out / "adapter.safetensors", run.device), run.out / "synth"
     synthesize_folder(run.clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth, folder,
                       seed=run.args.seed, rank=run.rank, ranks=run.ranks)
@@ -188,14 +189,14 @@ def distill_stage(run):
         plot_losses(run.out / "log.jsonl", run.out / "losses.png")
         save_restorer(student, run.out / "student.safetensors")
         (run.out / "student.pt").unlink(missing_ok=True)
-    del images, targets, loader                             # Windows deletes no mapped files
+    del images, targets, loader                             # Windows cannot delete mapped files
     for file in run.out.glob(f"*-{run.rank}.tmp"):
         file.unlink()
     run.barrier()
 
 
 def evaluate_stage(run):
-    """Metrics and cost of teacher and student; without ground truth, the student's outputs."""
+    """Evaluates teacher and student; without ground truth, only writes the student's outputs."""
     if not run.is_main:
         return
     args, student = run.args, load_restorer(run.out / "student.safetensors", run.device)
@@ -205,7 +206,7 @@ def evaluate_stage(run):
         return restore_folder(student, args.test, run.out / "restored", args.tile)
     models = {"input": None, "teacher": run.teacher, "student": student}
     results, files = {}, {name: run.out / f"{name}.json" for name in models}
-    for name, model in models.items():                      # written one by one, for a resume
+    for name, model in models.items():                      # saved one by one: a rerun resumes
         if not files[name].exists():
             result = evaluate(model, run.pairs, tile=args.tile, label=name)
             write_text(files[name], json.dumps(result))
@@ -227,14 +228,14 @@ STAGES = {"adapter": adapter_stage, "synth": synth_stage, "distill": distill_sta
 # ---------------------------------------------------------------- what the stages need
 
 def base_prompt(run):
-    """The prompt (1,N,d) of an untrained adapter: the null prompt; addition: the plain captions'
-    mean."""
+    """The prompt (1,N,d) of an untrained adapter: the null prompt or, with addition caption_base,
+    the mean of the plain captions."""
     texts = TASKS[run.args.task].plain_captions() if run.adapter.caption_base else [""]
     return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
 
 
 def caption_span(run):
-    """Addition `span`: the main directions (K,N,d) among captions of the task's weather."""
+    """Addition `span`: principal directions (K,N,d) of captions of the task's weather."""
     captions = TASKS[run.args.task].variations()
     return text_span(run.sd.text_prompt(captions, run.adapter.tokens), run.adapter.span)
 
@@ -257,7 +258,7 @@ def adapter_figure(run, adapter):
 
 
 def load_photos(folder, size, run, flag):
-    """All readable photos below a folder, (3,H,W) uint8, as `fit_photo` scales them. Raises
+    """All readable photos below a folder, (3,H,W) uint8, scaled by `fit_photo`. Raises
     ValueError if there is none."""
     files, small = list_images(folder, recursive=True), []
 
@@ -275,7 +276,7 @@ def load_photos(folder, size, run, flag):
         photos = list(tqdm(threads.map(load, files), flag[2:], len(files), disable=None))
     photos = [photo for photo in photos if photo is not None]
     if not photos:
-        raise ValueError(f"{flag} {folder}: none of its {len(files)} image files is readable")
+        raise ValueError(f"{flag} {folder}: none of its {len(files)} image files can be read")
     if small:
         run.log(f"{flag}: {len(small)} of {len(photos)} photos are smaller than the {size} px "
                 "crop and were upscaled")
@@ -283,9 +284,9 @@ def load_photos(folder, size, run, flag):
 
 
 def fit_photo(photo, longest, crop):
-    """A photo (3,H,W), reduced to `longest` px if its longer side is longer, but not below `crop`
-    px of its shorter side; smaller photos are enlarged to that. Of a narrow strip, whose longer
-    side would then exceed `longest`, the middle is kept."""
+    """Downscales a photo (3,H,W) so that its longer side is at most `longest` px, but its shorter
+    side not below `crop` px; smaller photos are upscaled to that. A narrow strip, whose longer side
+    would then exceed `longest`, is centre-cropped."""
     height, width = photo.shape[1:]
     scale = max(min(1, longest / max(height, width)), crop / min(height, width))
     limit = math.ceil(longest / scale)
@@ -305,7 +306,8 @@ def restore(run):
 
 
 def export(run):
-    """--stage export: writes the student as a torch.export program, and as ONNX if installed."""
+    """--stage export: writes the student as a torch.export program and, if onnx is installed, as
+    an ONNX model."""
     student = load_restorer(run.out / "student.safetensors")
     for path in export_restorer(student, run.out):
         run.log(f"written: {path}")
@@ -364,39 +366,39 @@ def make_parser():
     parser = Parser(prog="d4ir.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", required=True, choices=TASKS, help="all: one student for all weathers")
+    add("--task", required=True, choices=TASKS, help="all: one student for all kinds of weather")
     add("--stage", nargs="+", choices=(*STAGES, *STANDALONE),
-        help="one or more of the four stages (all four); or restore or export")
+        help="one or more of the four stages (all four), or restore, or export")
     add("--sd", default=mini_sd, metavar="SD",
         help="Stable Diffusion 1.x or 2.x: diffusers folder or hub id (the demo's mini-SD)")
     add("--degraded", type=Path, metavar="DIR", help="web photos in bad weather (the demo's)")
     add("--clean", type=Path, metavar="DIR", help="web photos in good weather (the demo's)")
     add("--photo-size", type=number(int, 1), default=1024, metavar="PX",
-        help="reduce larger photos of --degraded and --clean to this longer side: rain and snow "
+        help="downscale larger photos of --degraded and --clean to this longer side: rain and snow "
              "should have the same scale as in the teacher's training photos (1024)")
     add("--adapter", dest="adapter_file", type=Path, metavar="FILE",
         help="use the adapter.safetensors of another run instead of training one; its Stable "
              "Diffusion must have the same prompt width and, with addition residual, its teacher "
              "must be the same; --tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, metavar="SPEC",
-        help="a .safetensors of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
+        help="a .safetensors file of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
         help="pad the input of a FILE.py network to a multiple of N px (1)")
     add("--student-width", type=number(int, 1), default=16, metavar="N",
         help="channels of the student at its first level (16)")
     add("--student-block", choices=("residual", "nafnet"), default="residual",
-        help="blocks of the student: nafnet is slower, with fewer parameters (residual)")
+        help="the student's blocks: nafnet is slower but has fewer parameters (residual)")
     add("--test", type=Path, metavar="DIR", help="paired benchmark folder (the demo's)")
     add("--out", type=Path, metavar="DIR", help="run folder (runs/TASK)")
     add("--restart", action="store_true",
         help="delete and rerun the first stage in --stage and all later ones")
     add("--no-additions", action="store_true",
         help=f"the paper's method alone: switch off {', '.join(map(to_flag, additions_off()))} "
-             f"(the demo has them off for {', '.join(without_additions)})")
+             f"(the demo's default for {', '.join(without_additions)})")
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if available)")
     add("--precision", choices=DTYPES,
-        help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a CPU "
-             "without bf16 instructions)")
+        help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a "
+             "device without bf16)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="random seed (0)")
     add("--tile", type=number(int, 0), default=1024, metavar="PX",
         help="restore larger photos in overlapping tiles of this size; 0: never (1024)")
@@ -410,7 +412,7 @@ def make_parser():
                 kind = dict(action=argparse.BooleanOptionalAction)
             elif isinstance(f.default, str):
                 kind = dict(type=str)
-            else:                                           # 0 is a valid number if it is a default
+            else:                                           # ints: 0 only if it is the default
                 least = 1 if f.type is int and f.default else 0
                 kind = dict(type=number(f.type, least))
             default = repr(f.default)
@@ -425,8 +427,8 @@ def make_parser():
 
 
 def parse(argv):
-    """Parses the command line. Where the demo's Stable Diffusion is used, the demo's settings are
-    the defaults (demo.SETTINGS and the task's own)."""
+    """Parses the command line. With the demo's Stable Diffusion, the demo's settings are the
+    defaults (demo.SETTINGS and the task's own)."""
     parser, off = make_parser(), additions_off()
     args = parser.parse_args(argv)
     if demo and Path(args.sd).resolve() == (demo.WEIGHTS / "mini-sd").resolve():
@@ -494,7 +496,7 @@ class Run:
         return residuals(self.degraded, lambda x: restore_photo(self.teacher, x))
 
     def adapter_inputs(self, adapter):
-        """What an adapter sees of the degraded photos: themselves or, addition, their residuals."""
+        """An adapter's inputs: the degraded photos or, with addition residual, their residuals."""
         return self.residuals if adapter.config["residual"] else self.degraded
 
     @cached_property
@@ -545,7 +547,7 @@ class Run:
         return any((self.out / name).exists() for name in PRODUCTS[stage])
 
     def settings(self):
-        """{stage: what its product depends on}."""
+        """{stage: the settings that its outputs depend on}."""
         args, adapter_sha256, residual = self.args, None, self.adapter.residual
         if args.adapter_file:
             adapter_sha256 = hashlib.sha256(args.adapter_file.read_bytes()).hexdigest()
@@ -586,7 +588,7 @@ def absolute(path):
 
 
 def check_inputs(run):
-    """Raises ValueError for wrong inputs, before any expensive work."""
+    """Raises ValueError for invalid inputs, before any expensive work."""
     args = run.args
     for need, stage in zip(STAGES, list(STAGES)[1:]):
         if stage in run.stages and need not in run.stages:
@@ -599,8 +601,8 @@ def check_inputs(run):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{name} {folder}: no such folder")
         if folder is not None and args.out.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--out {args.out} is in --{name} {folder}, and its images would "
-                             "be read as photos: choose another --out")
+            raise ValueError(f"--out {args.out} is in --{name} {folder}, and images written "
+                             "there would be read as photos: choose another --out")
         if folder is not None and name != "test" and not list_images(folder, recursive=True):
             raise ValueError(f"--{name} {folder}: no image file (png, jpg, bmp, webp, tif)")
     if args.test:
@@ -612,7 +614,7 @@ def check_inputs(run):
 
 
 def check_teacher(run):
-    """Raises ValueError if the teacher fails on an image with odd sides, in float32 or in
+    """Raises ValueError if the teacher fails on an image with odd side lengths, in float32 or in
     --precision."""
     args, teacher = run.args, run.teacher
     x = torch.linspace(0, 1, 3 * 101 * 67, device=run.device).view(1, 3, 101, 67)
@@ -632,8 +634,8 @@ def check_teacher(run):
 
 
 def check_diffusion(run):
-    """Raises ValueError if settings of adapter or synth do not fit the Stable Diffusion. Warns if
-    it looks like a few-step model and the settings do not suit one."""
+    """Raises ValueError if the adapter or synth settings do not fit the Stable Diffusion model.
+    Warns if it looks like a few-step model and the settings do not suit one."""
     args, sd, size = run.args, run.sd, run.size
     choose_timesteps(len(sd.alphas_cumprod), args.strength, args.steps)
     sd.null_prompt(args.tokens)
@@ -641,11 +643,11 @@ def check_diffusion(run):
         if side % (8 * sd.factor):
             raise ValueError(f"{flag} must be a multiple of {8 * sd.factor} px, not {side}")
     if args.photo_size < size:
-        raise ValueError(f"--photo-size {args.photo_size} is smaller than the images, {size} px")
+        raise ValueError(f"--photo-size {args.photo_size} is smaller than the images ({size} px)")
     for flag in ("adapter_crop", "distill_crop"):
         if getattr(args, flag) > size:
-            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)} is larger than the images, "
-                             f"{size} px")
+            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)} is larger than the images "
+                             f"({size} px)")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
     elif run.adapter.span and not TASKS[args.task].phrases:
@@ -653,13 +655,13 @@ def check_diffusion(run):
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
                        and args.strength == args.steps / 4)
     if sd.timestep_spacing == "trailing" and not suits_few_steps:
-        run.log(f"warning: {args.sd} has trailing timesteps, as few-step models do. If it is one "
-                "like sd-turbo, use --scheduler ddim --guidance 1 --steps K --strength K/4, with K "
-                "from 1 to 4")
+        run.log(f"warning: {args.sd} uses trailing timesteps, as few-step models do. If it is one "
+                "(such as sd-turbo), use --scheduler ddim --guidance 1 --steps K --strength K/4, "
+                "with K from 1 to 4")
 
 
 def check_adapter(run, file):
-    """Raises ValueError if an adapter of another run does not fit the Stable Diffusion."""
+    """Raises ValueError if an adapter of another run does not fit the Stable Diffusion model."""
     if file.resolve() == (run.out / "adapter.safetensors").resolve():
         raise ValueError(f"--adapter {file} is in the run folder: choose another --out")
     adapter, sd = load_adapter(file).config, run.sd
@@ -670,7 +672,7 @@ def check_adapter(run, file):
 
 
 def check_run_folder(run):
-    """Rejects a run folder made with other settings, removes what --restart reruns, and writes
+    """Rejects a run folder made with different settings, removes what --restart reruns, and writes
     config.json."""
     settings = run.settings()
     old = read_settings(run) or settings
@@ -684,14 +686,14 @@ def check_run_folder(run):
                if old[stage].get(key) != value]
     if changed:
         differences = "; ".join(text for _, text in changed)
-        raise ValueError(f"{run.out} was made with other settings: {differences}. Use the same "
+        raise ValueError(f"{run.out} was made with different settings: {differences}. Use the same "
                          "settings, another --out, or --restart to redo all stages (to redo only "
                          f"later ones, --restart --stage {changed[0][0]} ...)")
     run.barrier()                                           # every process has checked
     if run.is_main:
         run.out.mkdir(parents=True, exist_ok=True)
         run.lock = lock_folder(run.out)
-        # Last stage first: a kill in between must not leave an old student beside a new adapter.
+        # Last stage first: if killed halfway, no old student may remain beside a new adapter.
         for path in (run.out / name for stage in reversed(redo) for name in PRODUCTS[stage]):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -728,7 +730,7 @@ def lock_folder(folder):
     file.seek(0)
     last = file.read()                                      # the last process that used the folder
     try:
-        if fcntl:                                           # forked workers do not inherit lockf
+        if fcntl:                                           # forked workers do not inherit the lock
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or choose "
@@ -771,7 +773,7 @@ def interrupt(number, frame):
 
 
 def repeat_interrupt(discarded):
-    """Sends a signal again whose KeyboardInterrupt Python has discarded, as it does in __del__."""
+    """Re-sends a signal whose KeyboardInterrupt Python has discarded, as it does in __del__."""
     error = discarded.exc_value
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT

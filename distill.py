@@ -30,7 +30,7 @@ class DistillConfig:
     batch: int = 16             # crops per update and process
     crop: int = 0               # px; 0: two thirds of the images' side, at most 256
     lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
-    keep_teacher: bool = True   # compute T(x) once per image, on disk; off: for every crop
+    keep_teacher: bool = True   # compute T(x) once per image and store it; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
 
     def crop_size(self, side):
@@ -42,18 +42,18 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
             checkpoint=None, log=print):
     """Trains the student in place on the teacher's outputs.
 
-    teacher, student: (B,3,h,w) in [0,1] to the same; the teacher is frozen, and may be None if the
-      loader provides its outputs.
+    teacher, student: modules, (B,3,h,w) in [0,1] to the same; the teacher is frozen, and may be
+      None if the loader provides its outputs.
     loader: batches x (B,3,h,w), uint8 or float in [0,1], or (x, T(x)), repeated until
-      `config.steps` updates are done; see `Crops`.
-    dtype: of the autocast around the forward pass; the student's weights stay float32.
+      `config.steps` updates are done; see `Crops`. To resume, its attribute `step` is set if it has
+      one; otherwise, batches that were used before are read again.
+    device: where both are moved. dtype: of the autocast around both; the student's weights stay
+      float32.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "l1", "steps_per_s"}.
     Returns the last mean L1; None if training was already complete.
     Raises ValueError for an empty loader, or for a loss or weights that are not finite.
     """
-    if not len(loader):
-        raise ValueError("the distillation's loader is empty")
     device = torch.device(device)
     student.to(device, memory_format=torch.channels_last).train()
     if teacher is not None:
@@ -77,24 +77,22 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
 
     for step, batch in zip(range(start, config.steps), batches_from(loader, start)):
         # Batch.
-        x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        x, *targets = batch if isinstance(batch, (tuple, list)) else [batch]
         x = to_device(x, device).contiguous(memory_format=torch.channels_last)
 
         # Forward and loss.
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            if target is not None:
-                target = to_device(target, device)
-            else:
+            if not targets:
                 with torch.no_grad():
                     y = teacher(x)
-                target = torch.where(y.isfinite(), y.clamp(0, 1), torch.nan)    # stops below
+                targets = [torch.where(y.isfinite(), y.clamp(0, 1), torch.nan)]  # NaN: raises below
             restored = model(x)
-        loss = F.l1_loss(restored.float(), target.float())
+        loss = F.l1_loss(restored.float(), to_device(targets[0], device).float())
 
         # Backward and update.
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step / config.steps)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -151,12 +149,9 @@ class Crops:
             raise ValueError(f"a crop of {crop} px does not fit into the smallest of {len(images)} "
                              f"training images, {smallest} px")
 
-    def __len__(self):
-        return len(self.images)
-
     def __iter__(self):
         while True:
-            yield self.batch_at(self.step)                          # step: set to resume there
+            yield self.batch_at(self.step)                          # set `step` to resume there
             self.step += 1
 
     def batch_at(self, step):
@@ -174,6 +169,7 @@ class Crops:
 def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
     """Yields T(x), (3,H,W) float16 in [0,1] on the CPU, for each image (3,H,W) uint8. Raises
     ValueError, with the image's entry in `names`, for an output that is not finite."""
+    teacher.to(device).eval()
     for name, image in zip(names or range(len(images)), tqdm(images, "teacher", disable=None)):
         x = to_device(image[None], torch.device(device))
         with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
@@ -210,15 +206,19 @@ def shuffled_epochs(n, first, count, seed):
 
 
 def batches_from(loader, step):
-    """Batches of a loader, repeated without end, from update `step` on."""
+    """Batches of a loader, repeated without end, from update `step` on. Raises ValueError if there
+    are none."""
     if hasattr(loader, "step"):
         loader.step, step = step, 0
     while True:
+        batch = None
         for batch in loader:
-            if step > 0:                                        # seen before the interruption
+            if step > 0:                                            # seen before the interruption
                 step -= 1
             else:
                 yield batch
+        if batch is None:
+            raise ValueError("the loader is empty, or can be read only once")
 
 
 def to_device(x, device):

@@ -7,9 +7,9 @@
     Y    = 16 + 65.481 R + 128.553 G + 24.966 B, R, G, B in [0,1]           BT.601, as in MATLAB
 
 Outputs are first clamped and rounded to 8 bits, as in a saved PNG. Photos are evaluated whole:
-nothing is cropped or resized. RGB metrics are the mean over the channels; Y is computed from the
-rounded RGB and not rounded again. A set's value is the mean over its photos. For the same outputs,
-PSNR of Y is typically 1.3 to 2 dB higher than that of RGB.
+nothing is cropped or resized. RGB: the MSE is over all channels, SSIM is the mean over them. Y is
+computed from the rounded RGB and not rounded again. A set's value is the mean over its photos. For
+the same outputs, PSNR of Y is typically 1.3 to 2 dB higher than that of RGB.
 """
 import csv
 import json
@@ -58,7 +58,7 @@ def rgb_to_y(image):
 
 def psnr(a, b):
     """PSNR in dB between two images (C,H,W) or (B,C,H,W) in [0,1], averaged over B; inf if they are
-    equal. RGB is rounded to 8 bits, luma is not. Raises ValueError if the shapes differ."""
+    equal. RGB is rounded to 8 bits; luma is not. Raises ValueError if the shapes differ."""
     a, b = check_images(a, b)
     mse = (levels(a) - levels(b)).square_().mean((1, 2, 3), dtype=torch.float64)            # (B,)
     return float((10 * torch.log10(255 ** 2 / mse)).mean())
@@ -66,21 +66,22 @@ def psnr(a, b):
 
 def ssim(a, b):
     """SSIM (Wang et al. 2004) between two images (C,H,W) or (B,C,H,W) in [0,1], averaged over
-    channels and B. RGB is rounded to 8 bits, luma is not. Raises ValueError if the shapes differ or
+    channels and B. RGB is rounded to 8 bits; luma is not. Raises ValueError if the shapes differ or
     a side is shorter than 11 px."""
     a, b = check_images(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs at least 11x11 px, not {tuple(a.shape[-2:])}")
     window = [math.exp(-i ** 2 / (2 * 1.5 ** 2)) for i in range(-5, 6)]
+    window = [w / sum(window) for w in window]
 
     def blur(x):                                           # (B,1,H,W) to (B,1,H-10,W-10)
         for dim in (-2, -1):
             length = x.shape[dim] - 10
-            x = sum(w / sum(window) * x.narrow(dim, i, length) for i, w in enumerate(window))
+            x = sum(w * x.narrow(dim, i, length) for i, w in enumerate(window))
         return x
 
     c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
-    for x, y in zip(levels(a).split(1, 1), levels(b).split(1, 1)):          # by channel: memory
+    for x, y in zip(levels(a).split(1, 1), levels(b).split(1, 1)):         # by channel saves memory
         x, y = x.double(), y.double()                                       # (B,1,H,W)
         mx, my = blur(x), blur(y)
         vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
@@ -90,10 +91,12 @@ def ssim(a, b):
 
 
 def check_images(a, b):
-    """Two images of the same shape as (B,C,H,W)."""
+    """Two images of the same shape as (B,C,H,W). Raises ValueError for others, and for integers."""
     if a.shape != b.shape or a.dim() not in (3, 4):
-        raise ValueError("two images of the same shape, (C,H,W) or (B,C,H,W), are needed, not "
+        raise ValueError("expected two images of the same shape, (C,H,W) or (B,C,H,W), not "
                          f"{tuple(a.shape)} and {tuple(b.shape)}")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"images must be floats in [0,1], not {a.dtype} and {b.dtype}")
     return (a, b) if a.dim() == 4 else (a[None], b[None])
 
 
@@ -107,7 +110,8 @@ def measure(image, truth):
 def evaluate(model, pairs, *, tile=1024, label="evaluate"):
     """The metrics of a model, averaged over pairs; of the degraded photos if model is None.
 
-    pairs: list of Pair. tile: see `restore`. label: of the progress bar.
+    model: a module in eval mode. pairs: list of Pair. tile: see `restore`. label: of the progress
+      bar.
     Returns {"psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "n_images", "cropped", "images"}: means
     over the photos; how many ground truths were centre-cropped; the metrics of each photo.
     Raises ValueError if there are no pairs.
@@ -115,7 +119,7 @@ def evaluate(model, pairs, *, tile=1024, label="evaluate"):
     rows, cropped, device = [], 0, "cpu" if model is None else device_of(model)
     for pair in tqdm(pairs, label, disable=None):
         degraded, truth, was_cropped = pair.read()
-        degraded, truth = degraded.to(device), truth.to(device)     # metrics run there, too
+        degraded, truth = degraded.to(device), truth.to(device)     # for the metrics, too
         output = degraded if model is None else restore(model, degraded, tile)
         rows.append(measure(output, truth))
         cropped += was_cropped
@@ -133,7 +137,7 @@ def means(rows):
 
 @torch.no_grad()
 def restore(model, image, tile=1024, overlap=64):
-    """Runs a model on one photo (3,H,W) in [0,1], in float32. Returns (3,H,W) in [0,1].
+    """Runs a model, in eval mode, on one photo (3,H,W) in [0,1], in float32. Returns the same.
 
     tile: a photo with a longer side, px, is restored in overlapping tiles, blended linearly; 0:
       always whole. overlap: px, at most a quarter of the tile.
@@ -241,14 +245,14 @@ def cost(model, size=256, runs=5):
 
 
 def synchronized_clock(device):
-    """Seconds on a clock that waits for a GPU's work."""
+    """The time in seconds, after a GPU has finished its pending work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def flop_counter():
-    """torch's FLOP counter, 2 FLOP per multiply-add, with the attention kernels of CPUs added."""
+    """torch's FLOP counter, 2 FLOP per multiply-add, with the CPU attention kernels added."""
     def forward(query, key, value, *others, **named):       # the arguments are shapes
         return sdpa_flop_count(query, key, value)
 
@@ -315,7 +319,7 @@ def list_images(folder, recursive=False):
     folders."""
     images, visited = [], set()
     for path, subfolders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in visited:              # through a link
+        if os.path.realpath(path) in visited:              # again, through a link
             subfolders.clear()
             continue
         visited.add(os.path.realpath(path))
@@ -341,8 +345,8 @@ class Pair:
         height, width = degraded.shape[1:]
         extra = truth.shape[1] - height, truth.shape[2] - width
         if min(extra) < 0 or max(extra) > 32:
-            raise ValueError(f"{self.degraded} is {(height, width)} px and its truth {self.truth} "
-                             f"{tuple(truth.shape[1:])}")
+            raise ValueError(f"{self.degraded} is {(height, width)} px, but its ground truth "
+                             f"{self.truth} is {tuple(truth.shape[1:])}")
         return degraded / 255, center_crop(truth, [height, width]) / 255, max(extra) > 0
 
 
@@ -351,7 +355,7 @@ def find_pairs(folder):
 
     folder: the benchmark's root, or the folder of its degraded photos or of its ground truths.
     Returns a list of Pair, of all sets at most three levels below the root; an empty list if the
-    photos have no ground truth. Raises ValueError, with the names, if there is no photo, if it is
+    photos have no ground truth. Raises ValueError, with the names, if there are no photos, if it is
     ambiguous which folders or files belong together, or if a photo has no partner.
     """
     folder = Path(os.path.abspath(folder))
@@ -410,8 +414,8 @@ def match_files(degraded, truth, name):
     unused = truths.keys() - {rule(path.stem) for path in inputs}
     if unmatched[rule] or unused:
         unused = sorted(truths[stem].name for stem in unused)
-        raise ValueError(f"{degraded} and {truth}: degraded photos without truth: "
-                         f"{abbreviate(unmatched[rule])}; truths without degraded photo: "
+        raise ValueError(f"{degraded} and {truth}: degraded photos without ground truth: "
+                         f"{abbreviate(unmatched[rule])}; ground truths without degraded photo: "
                          f"{abbreviate(unused)}")
     return [Pair(path, truths[rule(path.stem)], name) for path in inputs]
 
@@ -511,7 +515,7 @@ def comparison_figure(models, pairs, path, tile=1024):
 
 
 def figure(columns, path, side=256):
-    """Writes a PNG with a titled column for each {title: [images (3,H,W) in [0,1]]}; each image is
+    """Writes a PNG with one column per entry of {title: [images (3,H,W) in [0,1]]}; each image is
     scaled to fit into side x side px."""
     def fit(image):
         picture = to_pil_image(levels(image).byte().cpu())

@@ -37,11 +37,11 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(norm(conv(x)))), as in EDSR (Lim et al. 2017) but for the batch norm.
+    """x + conv(relu(norm(conv(x)))), the block of EDSR (Lim et al. 2017) with a batch norm added.
 
     The student's block. It moves far less memory per multiply-add than `NAFBlock`, whose layer
     norms, depthwise convolutions and means are memory-bound. The norm helps training (results/
-    README.md) and costs nothing later: `Restorer.fold` merges it into the first convolution.
+    README.md) and costs nothing at inference: `Restorer.fold` merges it into the first convolution.
     """
 
     def __init__(self, c, norm=True):
@@ -89,7 +89,7 @@ class NAFBlock(nn.Module):
 
 
 def local_mean(x, window):
-    """The mean over window x window neighbours (odd), cut off at the borders; keeps (B,C,H,W)."""
+    """The mean over a window x window area (odd side), clipped at the borders; keeps (B,C,H,W)."""
     pad = window // 2
     x = F.avg_pool2d(x, (window, 1), 1, (pad, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, window), 1, (0, pad), count_include_pad=False)
@@ -108,7 +108,8 @@ class Restorer(nn.Module):
       and whole photos then agree. 0: over the whole photo.
     block: "nafnet" (`NAFBlock`) or "residual" (`ResidualBlock`).
     norm: batch norm in the residual blocks, for training; see `fold`.
-    Raises ValueError for another block, or if encoder and decoder have different numbers of levels.
+    Raises ValueError for an unknown block, or if encoder and decoder differ in their numbers of
+      levels.
     """
 
     def __init__(self, width=16, encoder=(2, 2, 2), middle=1, decoder=(2, 2, 2), window=0,
@@ -158,8 +159,8 @@ class Restorer(nn.Module):
         return (padded + F.pixel_shuffle(self.ending(x), 2))[..., :height, :width]
 
     def fold(self):
-        """A copy in eval mode with the same outputs, without norm: the running statistics of every
-        batch norm become part of the convolution before it."""
+        """A copy in eval mode with the same outputs, without batch norms: the running statistics of
+        every batch norm become part of the convolution before it."""
         folded = copy.deepcopy(self).eval()
         for block in folded.modules():
             if isinstance(block, ResidualBlock) and self.config["norm"]:
@@ -297,7 +298,7 @@ def load_stable_diffusion(path_or_id, device="cpu", dtype=torch.float32):
 
 
 def load_network(kind, source, name, **options):
-    """`load_part`; ValueError too if weights are missing, which would stay random."""
+    """Like `load_part`, but also raises ValueError for missing weights, which would stay random."""
     network, info = load_part(kind, source, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -344,7 +345,7 @@ def load_restorer(spec, device="cpu", multiple=1):
     with safe_open(path, "pt") as file:
         config = (file.metadata() or {}).get("restorer")
     if config is None:
-        raise ValueError(f"{path}: its metadata names no Restorer; specify other networks as "
+        raise ValueError(f"{path}: its metadata describes no Restorer; specify other networks as "
                          "FILE.py:NAME@WEIGHTS")
     model = build_restorer(config, state, path)
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -361,7 +362,7 @@ def build_restorer(config, state, path):
         with torch.device("meta"):
             model = Restorer(**config)
         state = {key: value.float() for key, value in state.items()}
-    except Exception as error:                             # any JSON can be in there
+    except Exception as error:                             # the metadata can hold any JSON
         raise ValueError(f"{path}: its metadata does not describe a valid Restorer "
                          f"({type(error).__name__}: {first_line(error)})") from None
     load_matching(model, state, path, assign=True)
@@ -422,13 +423,13 @@ class ExternalRestorer(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:                         # third-party code may raise anything
-            raise ValueError(f"the teacher fails on an input of shape {shape}: {first_line(error)} "
+            raise ValueError(f"the network fails on an input of shape {shape}: {first_line(error)} "
                              "(does it need a larger --teacher-multiple?)") from error
         if isinstance(output, (tuple, list)):
             output = output[0]
         new_shape = tuple(getattr(output, "shape", ()))
         if new_shape != shape:
-            raise ValueError(f"the teacher maps {shape} to {new_shape}; it must keep the shape "
+            raise ValueError(f"the network maps {shape} to {new_shape}; it must keep the shape "
                              "(does it need a different --teacher-multiple?)")
         return output[..., :image.shape[-2], :image.shape[-1]]
 
@@ -503,7 +504,7 @@ def read_weights(path):
         kind = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(f"{path}: refused, because it holds more than tensors and plain values "
                          f"({kind[1] if kind else 'unknown'}), and reading it could run code; save "
-                         "its state_dict alone") from None
+                         "only its state_dict") from None
     except Exception as error:                             # zip, pickle and safetensors errors
         raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     for key in ("params_ema", "params", "state_dict", "model"):

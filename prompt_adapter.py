@@ -7,7 +7,7 @@ x_d      degraded      (B,3,H,W) in [0,1], a web photo in bad weather; a and b a
                        (addition residual: of x_d - T(x_d))
 A        adapter       the network trained here; the Stable Diffusion stays frozen
 P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
-z_t      z_t           (B,C,h,w), latents of crop a with noise of level t in 0..T-1
+z_t      z_t           (B,C,h,w), latents of crop a, noised to level t in 0..T-1
 eps      noise         (B,C,h,w), standard normal
 abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffusion
 q, k     query, key    (B,D), unit length: embeddings of the two crops
@@ -15,13 +15,14 @@ tau      temperature   scalar
 
 Contrastive pairs: two crops of one photo share its degradation (positive); crops b of the other
 photos in the batch, in all processes, are the negatives. InfoNCE with negatives from the batch (as
-in SimCLR, Chen et al. 2020) is our choice of a contrastive loss. Additions of ours are marked. On
-its own:
+in SimCLR, Chen et al. 2020) is our choice of a contrastive loss. Our additions are marked.
+Standalone use:
 
     adapter = PromptAdapter(sd.width, tokens=77, base=sd.null_prompt(77))
     loader = CropPairs(photos, sd, size=512, batch=16)          # photos: list of (3,H,W) uint8
     train_adapter(adapter, sd, loader, AdapterConfig(steps=3000), checkpoint="adapter.pt")
-    save_adapter(adapter, "adapter.safetensors")                # adapter(crops) gives prompts
+    save_adapter(adapter, "adapter.safetensors")
+    prompts = load_adapter("adapter.safetensors")(crops)        # crops: (B,3,H,W) in [0,1]
 """
 import io
 import json
@@ -44,7 +45,7 @@ from tqdm import tqdm
 @dataclass
 class AdapterConfig:
     """DPA settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
-    tokens: int = 0             # N, tokens per prompt; 0: as many as the text encoder's
+    tokens: int = 0             # N, tokens per prompt; 0: the text encoder's maximum
     steps: int = 3000           # updates
     batch: int = 16             # photos per update and process, two crops of each
     crop: int = 0               # px, side of the crops; 0: that of the synthesized images
@@ -53,10 +54,10 @@ class AdapterConfig:
     temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
     residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
-    weather_weight: float = 0.0  # addition: a latent's diffusion loss counts 1 + this * |residual|
+    weather_weight: float = 0.0  # addition: the diffusion loss is weighted by 1 + this * |residual|
     cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
     caption_base: bool = False  # addition: prompts are centred on the plain captions' mean
-    span: int = 0               # addition: K, prompts vary along K directions between captions
+    span: int = 0               # addition: K, prompts vary along K principal directions of captions
 
     ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False,
                  "caption_base": False, "span": 0}
@@ -67,7 +68,7 @@ class AdapterConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.weather_weight and not self.residual:
-            raise ValueError("weather_weight needs residual: switch that on (--adapter-residual) "
+            raise ValueError("weather_weight needs residual: switch it on (--adapter-residual) "
                              "or set --adapter-weather-weight 0")
 
     def active_additions(self):
@@ -84,12 +85,12 @@ class PromptAdapter(nn.Module):
     over the photo, because degradation is roughly uniform and content is not. Then a layer norm
     and an MLP.
 
-    width: d. tokens: N. channels: of the first scale. embedding: D. base: (1,N,d), the prompt that
-    an untrained adapter gives for every photo (zeros; the null prompt is a better start).
+    width: d. tokens: N. channels: of the first convolution. embedding: D. base: (1,N,d), the prompt
+    that an untrained adapter gives for every photo (zeros; the null prompt is a better start).
     Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
     x_d itself, and a batch norm over the photos replaces the layer norm. span: (K,N,d), see
-    `text_span`; then P = base + sum_k c_k span_k. A number K in its place leaves the span to
-    `load_state_dict`.
+    `text_span`; then P = base + sum_k c_k span_k. An int K instead reserves a span for
+    `load_state_dict` to fill.
     Raises ValueError for a base or span of another shape.
     """
 
@@ -120,7 +121,7 @@ class PromptAdapter(nn.Module):
             nn.init.zeros_(parameter)                               # starts at the base
 
     def forward(self, degraded, with_embedding=False):
-        """Prompts (B,N,d) of photos (B,3,H,W) in [0,1] of at least 8 px; on request also their
+        """Prompts (B,N,d) for photos (B,3,H,W) in [0,1] of at least 8 px; on request also their
         embeddings (B,D) of unit length, which the contrastive loss compares."""
         gain = 16 if self.config["residual"] else 4                 # about unit variance
         x, statistics = gain * (degraded - 0.5), []
@@ -151,11 +152,11 @@ def info_nce(query, key, queue, temperature, ignore=None):
     query, key: (B,D), unit length. queue: (Q,D), unit length, the negatives n_j; in
     `train_adapter`, the keys of all processes. temperature: tau. ignore: (B,Q) bool, negatives to
     exclude (crops of the query's own photo).
-    Returns a scalar. Raises ValueError if the shapes do not fit.
+    Returns a scalar. Raises ValueError if the shapes do not match.
     """
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
         shapes = tuple(tuple(x.shape) for x in (query, key, queue))
-        raise ValueError(f"shapes of query, key and queue do not fit: {shapes}")
+        raise ValueError(f"shapes of query, key and queue do not match: {shapes}")
     positive = (query * key).sum(1, keepdim=True)                   # (B,1)
     negative = query @ queue.T                                      # (B,Q)
     if ignore is not None:
@@ -172,13 +173,16 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=1.0):
     v = sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho 2022).
     z_0, noise: (B,C,h,w). prompts: (B,N,d). t: (B,) int64. Returns a scalar.
     weight: addition, (B,1,h,w), of the squared errors; see `weather_weight`.
+    Raises ValueError for another prediction type.
     """
     abar = sd.alphas_cumprod.to(z_0.device)[t].view(-1, 1, 1, 1)
     z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
     if sd.prediction_type == "epsilon":
         target = noise
-    else:
+    elif sd.prediction_type == "v_prediction":
         target = abar.sqrt() * noise - (1 - abar).sqrt() * z_0
+    else:
+        raise ValueError(f"prediction type {sd.prediction_type!r} is not supported")
     return (weight * (target - sd.predict_noise(z_t, t, prompts)).square()).mean()
 
 
@@ -187,28 +191,29 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=1.0):
 def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=print):
     """Trains the adapter in place; the Stable Diffusion stays frozen.
 
-    sd: a models.StableDiffusion, or anything with its predict_noise (differentiable in the
-      prompts), unet, alphas_cumprod, prediction_type, device and dtype.
+    sd: a models.StableDiffusion, or anything with its predict_noise(z_t, t (B,), prompts)
+      (differentiable in the prompts), unet, alphas_cumprod, prediction_type, device and dtype.
     loader: batches (z_0 (B,C,h,w), a and b (B,3,H,W) uint8 or float in [0,1], photo numbers (B,)),
-      repeated until `config.steps` updates are done; see `CropPairs`.
-    config: its tokens, crop, batch, residual, caption_base and span describe the adapter and the
-      loader, which the caller builds.
+      repeated until `config.steps` updates are done; see `CropPairs`. To resume, its attribute
+      `step` is set if it has one; otherwise, batches that were used before are read again.
+    config: tokens, crop, batch, caption_base and span are not read here: the caller builds the
+      adapter and the loader.
+    seed: of t and noise. With several processes, each needs a seed and batches of its own; the
+      negatives are the keys of all, and crops of equal photo numbers are no negatives. Batch norms
+      (additions residual and caption_base) are per process.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
-    Returns the last report; {} if training was already complete. With several processes, each has
-    its own batches, and the negatives are the keys of all; batch norms (additions residual and
-    caption_base) are per process. Raises ValueError for an empty loader, an adapter that does not
-    fit the config, or losses or weights that are not finite.
+    Returns the last report; {} if training was already complete. Raises ValueError for an empty
+    loader, a config whose `residual` differs from the adapter's, a span of zeros, or losses or
+    weights that are not finite.
     """
-    if not len(loader):
-        raise ValueError("the adapter's loader is empty")
     if config.residual != adapter.config["residual"]:
         raise ValueError(f"residual is {config.residual} in the config but "
                          f"{adapter.config['residual']} in the adapter")
     if adapter.config["span"] and not adapter.span.any():
-        raise ValueError("the adapter's span is zero: give PromptAdapter a `text_span`")
+        raise ValueError("the adapter's span is zero: pass PromptAdapter the result of `text_span`")
     device = sd.device
-    sd.unet.requires_grad_(False)
+    sd.unet.requires_grad_(False).eval()
     adapter.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=0.01,
                                   fused=True)
@@ -256,7 +261,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Backward and update.
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step / config.steps)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -301,8 +306,8 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)                                   # in place
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -329,13 +334,16 @@ def residuals(photos, restore):
     """Addition: what the teacher T removes from each photo, 128 + 127 (x_d - T(x_d)), used as the
     adapter's input in place of x_d. It shows the degradation and little of the content.
 
-    photos: list of (3,H,W) uint8. restore: T, one photo (3,H,W) in [0,1] to the same.
-    Returns a list of (3,H,W) uint8, grey (128) where the teacher removes nothing.
+    photos: list of (3,H,W) uint8. restore: T, one photo (3,H,W) in [0,1] to the same, on the CPU.
+    Returns a list of (3,H,W) uint8, grey (128) where the teacher removes nothing. Raises
+    ValueError for an output that is not finite.
     """
     removed = []
     for photo in tqdm(photos, "residuals", disable=None):
         x = photo / 255
         r = x - restore(x).clamp(0, 1)
+        if not r.isfinite().all():
+            raise ValueError(f"the teacher's output for photo {len(removed)} is not finite")
         removed.append((128 + 127 * r).round().to(torch.uint8))
     return removed
 
@@ -343,18 +351,18 @@ def residuals(photos, restore):
 def weather_weight(residual, z_0, strength):
     """Addition: weights (B,1,h,w) of the diffusion loss, about 1 + strength * |x_d - T(x_d)|.
 
-    residual: (B,3,H,W), see `residuals`. z_0: (B,C,h,w). Flakes and streaks cover little of a
-    photo: without weights, the prompts depend on them less.
+    residual: (B,3,H,W) in [0,1], see `residuals`. z_0: (B,C,h,w). Flakes and streaks cover little
+    of a photo: without weights, the prompts depend on them less.
     """
     removed = (2 * residual - 1).abs().mean(1, keepdim=True)        # (B,1,H,W)
     return 1 + strength * F.adaptive_avg_pool2d(removed, z_0.shape[-2:])
 
 
 def text_span(prompts, count):
-    """Addition `span`: the `count` main directions (K,N,d) among text prompts (M,N,d), each as
-    long as the standard deviation of the prompts along it. K is at most M - 1.
+    """Addition `span`: the first K principal directions (K,N,d) of text prompts (M,N,d), each as
+    long as the standard deviation of the prompts along it. K = min(count, M - 1).
 
-    Free prompts leave the region that the U-Net was trained on; these keep nearer to it.
+    Free prompts leave the distribution that the U-Net was trained on; these stay closer to it.
     Raises ValueError for fewer than two prompts.
     """
     if len(prompts) < 2:
@@ -373,34 +381,36 @@ class CropPairs:
     numbers (B,)). Each batch is a deterministic function of seed and step.
 
     photos: list of (3,H,W) uint8, at least `size` px high and wide; each is also used mirrored.
-    sd: with encode and factor, px per latent. size: a multiple of 8 latents (8 * factor px). The
-    latents are computed once, and cropped: re-encoding every crop made a step take 1.67 times as
-    long. Crop b is the one of eight candidates that is farthest from a. Mirroring and the choice
-    of b are ours. inputs: addition, the photos' residuals (`residuals`), which a and b are then
-    cropped from.
+    sd: provides encode and factor (px per latent). size: a multiple of 8 latents (8 * factor px).
+    The latents are computed once and then cropped: re-encoding every crop made a step take 1.67
+    times as long. Crop b is the one of eight candidates that is farthest from a. Mirroring and the
+    choice of b are ours. inputs: addition, the photos' residuals (`residuals`), from which a and b
+    are then cropped. Raises ValueError for another size, smaller photos, or none.
     """
 
+    @torch.no_grad()
     def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
-        self.inputs, self.size, self.batch, self.seed = inputs or photos, size, batch, seed
-        self.step, self.factor, self.latents = 0, sd.factor, []     # mirrored ones: second half
+        if size % (8 * sd.factor) or min((min(p.shape[1:]) for p in photos), default=0) < size:
+            raise ValueError(f"crops of {size} px need at least one photo, none smaller than that, "
+                             f"and a size that is a multiple of {8 * sd.factor} px")
+        self.inputs = photos if inputs is None else inputs
+        self.size, self.batch, self.seed = size, batch, seed
+        self.step, self.factor, self.latents = 0, sd.factor, []     # second half: mirrored photos
         for i in tqdm(range(2 * len(photos)), "latents", disable=None):
             photo = pick(photos, i)
             height, width = (n // sd.factor * sd.factor for n in photo.shape[-2:])
             z = sd.encode(photo[None, :, :height, :width].float() / 255)
             self.latents.append(z[0].half().cpu())                  # (C,h,w)
 
-    def __len__(self):
-        return len(self.latents)
-
     def __iter__(self):
         while True:
-            yield self.batch_at(self.step)                          # step: set to resume there
+            yield self.batch_at(self.step)                          # set `step` to resume there
             self.step += 1
 
     def batch_at(self, step):
         rng, rows, f = np.random.default_rng([self.seed, step]), [], self.factor
         first = step * self.batch
-        for i in shuffled_epochs(len(self), first, self.batch, self.seed):
+        for i in shuffled_epochs(len(self.latents), first, self.batch, self.seed):
             z, photo, side = self.latents[i], pick(self.inputs, i), self.size // f
             corners = rng.integers([z.shape[1] - side + 1, z.shape[2] - side + 1], size=(9, 2))
             distances = abs(corners[1:] - corners[0]).max(1)
@@ -426,15 +436,19 @@ def shuffled_epochs(n, first, count, seed):
 
 
 def batches_from(loader, step):
-    """Batches of a loader, repeated without end, from update `step` on."""
+    """Batches of a loader, repeated without end, from update `step` on. Raises ValueError if there
+    are none."""
     if hasattr(loader, "step"):
         loader.step, step = step, 0
     while True:
+        batch = None
         for batch in loader:
             if step > 0:                                            # seen before the interruption
                 step -= 1
             else:
                 yield batch
+        if batch is None:
+            raise ValueError("the loader is empty, or can be read only once")
 
 
 def to_device(x, device):
@@ -473,14 +487,14 @@ def save_adapter(adapter, path):
 
 
 def load_adapter(path, device="cpu"):
-    """Loads what `save_adapter` wrote, in eval mode. Raises ValueError, with the path, for other
-    files."""
+    """Loads what `save_adapter` wrote, frozen and in eval mode. Raises ValueError, with the path,
+    for other files."""
     try:
         with safe_open(path, "pt") as file:
             # Cloned into aligned memory: otherwise, kernels may round differently than in training.
             state = {k: file.get_tensor(k).clone() for k in file.keys()}
             config = json.loads((file.metadata() or {})["adapter"])
-        with torch.device("meta"):                          # no memory before the sizes are checked
+        with torch.device("meta"):                          # no allocation before the size check
             adapter = PromptAdapter(**config)
         adapter.load_state_dict(state, assign=True)
         adapter.float()

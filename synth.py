@@ -23,6 +23,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class SynthConfig:
     negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
     anchor: bool = False        # addition: detail residual from a weather-free trajectory
 
-    ADDITIONS = {"negative_prompt": "", "anchor": False}        # and the values that mean "off"
+    ADDITIONS = {"negative_prompt": "", "anchor": False}        # the values that mean "off"
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:
@@ -67,11 +68,11 @@ class SynthConfig:
 def synthesize(clean, prompts, sd, config, generator=None):
     """CCD: degraded photos (B,3,H,W) in [0,1]: content from `clean`, degradation from `prompts`.
 
-    clean: (B,3,H,W) in [0,1]; H and W as VAE and U-Net need them (SD 1.5: multiples of 64).
+    clean: (B,3,H,W) in [0,1]; H and W as the VAE and U-Net need them (SD 1.5: multiples of 64).
     prompts: (B,N,d). generator: torch.Generator of the noise.
-    sd: a models.StableDiffusion, or anything with its encode (images to scaled latents), decode,
-      predict_noise(z_t, t, prompts), null_prompt(N) (1,N,d), alphas_cumprod (T,) on the CPU, and
-      prediction_type.
+    sd: a models.StableDiffusion, or anything with its encode (images to scaled latents), decode (to
+      images in [0,1]), predict_noise(z_t, t, prompts), null_prompt(N) (1,N,d), alphas_cumprod (T,)
+      > 0 on the CPU, and prediction_type. It moves its inputs to its device.
     Raises ValueError for a size, a batch or a number of steps that does not fit, and if an addition
     is switched on.
     """
@@ -95,8 +96,8 @@ def perturb(z_0, noise, sd, t):
 def denoise(z, prompts, sd, timesteps, guidance=1.0, negative=None, scheduler="dpm"):
     """z_ts (B,C,h,w) to z_0' (B,C,h,w), in exactly len(timesteps) U-Net evaluations.
 
-    prompts: (B,N,d). timesteps: decreasing ints, of equal spacing. guidance: w; 1 for none.
-    negative: (1,N,d), the prompt to guide away from; the null prompt if None.
+    prompts: (B,N,d). timesteps: decreasing, equally spaced ints. guidance: w; 1 for none.
+    negative: (1,N,d), the prompt to guide away from if w is not 1; the null prompt if None.
     """
     if len(z) != len(prompts):
         raise ValueError(f"{len(z)} clean photos but {len(prompts)} prompts")
@@ -117,7 +118,7 @@ def denoise(z, prompts, sd, timesteps, guidance=1.0, negative=None, scheduler="d
 
 
 def to_z_0_eps(output, z_t, alpha, sigma, prediction_type):
-    """The estimates of z_0 and eps that a U-Net's output (B,C,h,w) at z_t stands for."""
+    """Converts a U-Net's output (B,C,h,w) at z_t to estimates of z_0 and eps."""
     if prediction_type == "epsilon":
         return (z_t - sigma * output) / alpha, output
     if prediction_type == "v_prediction":                   # v = alpha eps - sigma z_0
@@ -166,10 +167,10 @@ def alpha_sigma(abar, t):
 
 
 def choose_timesteps(total, strength, steps):
-    """`steps` timesteps [t_s, ..., t_1] of equal spacing, down from t_s = strength * total.
+    """`steps` equally spaced timesteps [t_s, ..., t_1], down from t_s = strength * total.
 
     The spacing divides t_s + 1, so that the last step ends at -1, the clean image; this moves t_s
-    by less than `steps`. diffusers' img2img drops steps at low strength instead.
+    by at most `steps`. diffusers' img2img drops steps at low strength instead.
     Raises ValueError if there are more steps than noise levels below t_s.
     """
     if not 1 <= steps <= round(strength * total):
@@ -200,12 +201,12 @@ def synthesize_with_additions(clean, prompts, sd, config, generator=None):
 
 
 def add_anchor(image, plain, clean):
-    """Anchor: x = D(z_P) + a (x_c - D(z_-)), the detail that denoising loses, added back.
+    """Anchor: x = D(z_P) + a (x_c - D(z_-)), adds back the detail that denoising loses.
 
     image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns the same.
-    Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts at
-    the same noise but is denoised with the negative prompt alone: it has lost the same detail, and
-    shows no weather. a is the local contrast that survives the weather.
+    Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts
+    from the same noisy latents but is denoised with the negative prompt alone: it has lost the same
+    detail, and shows no weather. a is the local contrast that survives the weather.
     """
     return (image + remaining_contrast(image, plain) * (clean - plain)).clamp(0, 1)
 
@@ -239,7 +240,7 @@ def draw_crops(photos, size, seed, indices, stream):
 @torch.no_grad()
 def synthesize_photos(clean, degraded, adapter, sd, config, generator=None):
     """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1].
-    `sd` also needs device."""
+    adapter: in eval mode, on sd.device, which `sd` also needs."""
     prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
     if config.active_additions():
         return synthesize_with_additions(clean, prompts, sd, config, generator)
@@ -253,16 +254,16 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
     adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). (An adapter of residuals needs
       these in place of degraded_photos.)
-    sd: as for `synthesize_photos`; if `config.size` is 0, it also needs size, px.
+    sd: as for `synthesize_photos`; if `config.size` is 0, it also needs size (px).
     Process `rank` of `ranks` makes every `ranks`-th batch.
     Raises ValueError for images that are not finite, as can happen in fp16.
     """
+    folder, size = Path(folder), config.size or sd.size
     folder.mkdir(parents=True, exist_ok=True)
-    size, pending, path = config.size or sd.size, [], lambda i: folder / f"{i:06d}.png"
-    for first in range(rank * config.batch, config.images, ranks * config.batch):
-        indices = range(first, min(first + config.batch, config.images))
-        if not all(path(i).exists() for i in indices):
-            pending.append(indices)
+    paths = [folder / f"{i:06d}.png" for i in range(config.images)]
+    batches = [range(first, min(first + config.batch, config.images))
+               for first in range(rank * config.batch, config.images, ranks * config.batch)]
+    pending = [indices for indices in batches if not all(paths[i].exists() for i in indices)]
     bar = tqdm(total=sum(map(len, pending)), desc="synth", unit="image",
                disable=True if rank else None)
     writes = ()
@@ -276,8 +277,8 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
                 raise ValueError("the synthesized images are not finite: use --precision bf16 or "
                                  "fp32, or another --sd")
             images = (images * 255).round().to(torch.uint8).cpu()               # GPU sync point
-            list(writes)                                    # of the last batch; re-raises errors
-            writes = threads.map(write_png, images, map(path, indices))
+            list(writes)                                    # waits for the previous batch
+            writes = threads.map(write_png, images, [paths[i] for i in indices])
             bar.update(len(indices))
             if bar.disable and not rank:
                 print(f"synth    {indices[-1] + 1:6d}/{config.images}", flush=True)

@@ -3,7 +3,7 @@
     python -m demo.photos --weather snow --out photos    # the folders that d4ir.py also writes
     python -m demo.photos --figure weather.png           # each kind of weather in each domain
 
-The splits share no scene: each split seeds its random generators differently.
+The splits share no scenes: each split seeds its random generators differently.
 """
 import argparse
 import os
@@ -76,7 +76,7 @@ def write_photos(folder, weather, wanted=("degraded", "clean", "test"), degraded
     unknown = [kind for kind in weather if kind not in KINDS]
     if unknown or not weather:
         raise ValueError(f"weather must be some of {KINDS}, not {tuple(weather)!r}")
-    jobs = []                                   # (photo, path of the clean image, of the degraded)
+    jobs = []                                   # (photo, path of clean, path of degraded image)
     if "degraded" in wanted:
         for i in range(degraded):
             jobs.append((degraded_photo(weather, i), None, folder / f"degraded/{i:04d}.png"))
@@ -110,13 +110,13 @@ def write_photos(folder, weather, wanted=("degraded", "clean", "test"), degraded
 
 
 def degraded_photo(weather, i):
-    """Number i of the folder `degraded`."""
+    """Photo number i of the folder `degraded`."""
     kind = weather[i % len(weather)]
     return Photo("web-degraded", 10_000 * KINDS.index(kind) + i, kind, "web", *WEB_SIZE)
 
 
 def caption(weather, i):
-    """The exact caption of number i of the folder `degraded`."""
+    """The exact caption of photo number i of the folder `degraded`."""
     return ", ".join(render_photo(degraded_photo(weather, i))[2])
 
 

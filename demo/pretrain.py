@@ -1,10 +1,10 @@
 """Trains the demo's weights: the mini-SD (VAE, U-Net and text encoder) and the teacher.
 
-    python -m demo.pretrain                      # all of them, in hours (demo/README.md); resumes
+    python -m demo.pretrain                      # all, in hours (demo/README.md); resumes
     python -m demo.pretrain --stage teacher      # one of them
     python -m demo.pretrain --unet-steps 60000   # any field of `Pretraining` is an option
 
-The work folder (--work) holds the rendered photos, a checkpoint and a figure of each training, and
+The work folder (--work) holds the rendered photos, a checkpoint and a figure of each stage, and
 `log.jsonl` (stage, step, loss, steps per second; one line every `save_every` steps) with its curves
 in `losses.png`. Finished weights go to --weights.
 """
@@ -40,7 +40,7 @@ STAGES = ("vae", "unet", "teacher")
 
 @dataclass
 class Pretraining:
-    """Settings of the trainings. All are our choice, for a few hours on two CPU cores."""
+    """Training settings. All are our choice, for a few hours on two CPU cores."""
     photos: int = 20000             # training photos of the mini-SD; a quarter in clear weather
     size: int = 128                 # px, side of the training photos
     vae_steps: int = 2500
@@ -50,10 +50,10 @@ class Pretraining:
     kl: float = 1e-6                # weight of the KL term, a mean over latents
     unet_steps: int = 16000
     unet_batch: int = 32
-    unet_crop: int = 64             # px; the U-Net is convolutional and also works at 96 px
+    unet_crop: int = 64             # px; the U-Net takes any size and is used at 96 px
     unet_lr: float = 4e-4
-    latent_scale: float = 1.5       # scaling factor of the latents; larger keeps content at more t
-    ema: float = 0.999              # decay of the averaged weights
+    latent_scale: float = 1.5       # scaling factor of the latents; larger: content survives more
+    ema: float = 0.999              # decay of the moving average of the weights
     t_shift: float = -0.1           # mean of the logit-normal over t; below 0: less noise
     drop_caption: float = 0.1       # probability of the empty caption, the null prompt
     teacher_photos: int = 12000     # training photos of the teacher, original domain
@@ -96,8 +96,9 @@ def haar_latents(x):
     For each 2x2 px: the mean and the horizontal, vertical and diagonal differences of luma (Haar),
     and the means of two chroma channels, doubled. A VAE without this target gives all channels
     about the same variance, so that noise destroys coarse and fine detail together. Here, as in the
-    spectrum of photos, coarse detail survives more noise than fine detail, and a flake has the same
-    latents wherever it falls. The U-Net's training computes them with one convolution.
+    spectrum of photos, coarse detail survives more noise than fine detail, and shifting a flake by
+    an even number of px shifts its latents. The U-Net's training computes them with one
+    convolution.
     """
     haar = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     haar = haar.view(4, 1, 2, 2) / 2
@@ -125,7 +126,7 @@ def train_vae(config, work, device, autocast):
     """Trains the VAE. Returns it, in evaluation mode, and the training time in seconds.
 
     loss = L1 + L2 of pixels + 0.3 L1 of pixel differences (keeps thin streaks)
-           + L2 of the latents' mean to `haar_latents` + kl * KL
+           + L2 between the posterior mean and `haar_latents` + kl * KL
     """
     photos, _ = render_mixture(config, work)
     torch.manual_seed(config.seed)
@@ -159,11 +160,11 @@ def train_vae(config, work, device, autocast):
 # ---------------------------------------------------------------- U-Net and text encoder
 
 def new_unet():
-    """An untrained U-Net that reads its prompt twice.
+    """An untrained U-Net that is conditioned on its prompt twice.
 
     In cross-attention, as in Stable Diffusion, and pooled, added to the timestep embedding, as in
     DeepFloyd IF. With cross-attention alone, at a quarter of the latents' resolution, it hardly
-    learned to use the prompt in so short a training.
+    learned to use the prompt in so short a training run.
     """
     return UNet2DConditionModel(
         sample_size=48, in_channels=6, out_channels=6, block_out_channels=(48, 96, 128, 128),
@@ -215,14 +216,14 @@ def new_text(folder):
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=32, bos_token_id=start, eos_token_id=end,
         pad_token_id=end))
-    # Unit length: with CLIP's initialisation, 0.2, embeddings of rare words hardly changed.
+    # Unit length: with CLIP's initialisation (0.2), embeddings of rare words hardly changed.
     vectors = text.get_input_embeddings().weight
     vectors.data /= vectors.std() * vectors.shape[1] ** 0.5
     return tokenizer, text
 
 
 def random_caption(phrases, rng, drop):
-    """A caption of some of a photo's phrases; empty with probability `drop`."""
+    """A caption made of some of a photo's phrases; empty with probability `drop`."""
     if rng.random() < drop:
         return ""
     first = phrases[0]
@@ -246,7 +247,7 @@ def train_unet(config, vae, work, device, autocast):
     torch.manual_seed(config.seed)
     tokenizer, text = new_text(work / "tokenizer")
     unet, scheduler = new_unet(), new_scheduler()
-    unet.set_attn_processor(AttnProcessor())        # few tokens: on a CPU faster than the fused one
+    unet.set_attn_processor(AttnProcessor())        # for few tokens, faster on a CPU than SDPA
     trainer = Trainer("unet", {"unet": unet, "text": text}, config.unet_lr, config.unet_steps, work,
                       config, device)
     rng = np.random.default_rng([config.seed, trainer.start])
@@ -350,9 +351,9 @@ def sample_figure(folder, path, device, strength=0.6):
 # ---------------------------------------------------------------- teacher
 
 def train_teacher(config, work, device, autocast):
-    """Trains one Restorer for all weathers. Returns it and the training time in seconds.
+    """Trains one Restorer for all kinds of weather. Returns it and the training time in seconds.
 
-    Minimises the negative PSNR (as NAFNet does). In equal training time, rain improved by 0.6 dB
+    Minimises the negative PSNR (as NAFNet does). In the same time, rain improved by 0.6 dB
     with L1 and by 3.7 dB with this loss.
     """
     photos, _ = render_split(work / "original", "original", config.teacher_photos, KINDS,
@@ -375,7 +376,7 @@ def train_teacher(config, work, device, autocast):
     return trainer.averaged()["teacher"], trainer.seconds
 
 
-# ---------------------------------------------------------------- what the trainings share
+# ---------------------------------------------------------------- shared by the stages
 
 class Trainer:
     """AdamW with warm-up and cosine decay, averaged weights, a checkpoint, a log and a bar."""
@@ -410,7 +411,7 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
 
-        # Averaged weights; the average starts short.
+        # Moving average of the weights, over fewer steps at first.
         decay = min(self.config.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, value in self.modules.state_dict().items():
@@ -517,9 +518,9 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m demo.pretrain", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"),
-                        help="folder of renderings, checkpoints and figures (%(default)s)")
+                        help="folder for renderings, checkpoints and figures (%(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS,
-                        help="folder of the finished weights (%(default)s)")
+                        help="folder for the finished weights (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(%(default)s)")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES,

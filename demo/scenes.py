@@ -1,7 +1,7 @@
 """Procedural scenes with a depth map: the demo's photos, before any weather.
 
 A pinhole camera sees sky, hills, ground, a street or houses, trees, cars and people; or overlapping
-textured shapes of all sizes (dead leaves: Lee et al. 2001), whose statistics transfer to photos
+textured shapes of all sizes (dead leaves: Lee et al. 2001), from which networks transfer to photos
 (Achddou et al. 2021, Baradad et al. 2021). Depth is in metres.
 
 `render_scene` composes a scene. The functions above it draw one element each, onto a `Canvas`.
@@ -67,7 +67,7 @@ class Canvas:
     colour: (H,W,3) float32; depth: (H,W) float32, metres
     x: (1,W), y: (H,1): the ray through each pixel is (x, y, 1), y downwards
     camera: metres above the ground; sun: -1 (left) to 1 (right)
-    contrast: of lit and shaded sides, 0.3 (overcast) to 1 (sunny)
+    contrast: between lit and shaded sides, 0.3 (overcast) to 1 (sunny)
     """
 
     def __init__(self, rng, height, width):

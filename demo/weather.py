@@ -39,11 +39,11 @@ class Weather:
     streak_angle: tuple = (-30.0, 30.0)  # degrees from the vertical
     streak_opacity: tuple = (0.4, 0.9)
     veil: tuple = (0.0, 0.0)            # 1/m, density of the haze that accompanies rain and snow
-    mixed: float = 0.0                  # probability of lighter snow in rain, or rain in snow
-    exposure: float = 0.0               # relative change of contrast, at most; of brightness, 0.3 x
+    mixed: float = 0.0                  # probability of some snow in rain, or some rain in snow
+    exposure: float = 0.0               # maximum relative change of contrast; of brightness: 0.3 x
     defocus: float = 0.0                # probability of a defocused scene behind sharp rain or snow
-    blur: float = 0.0                   # px, standard deviation of the lens blur, at most
-    noise: float = 0.0                  # standard deviation of the sensor noise, at most
+    blur: float = 0.0                   # px, maximum standard deviation of the lens blur
+    noise: float = 0.0                  # maximum standard deviation of the sensor noise
     jpeg: tuple = ()                    # JPEG quality; empty: no compression
 
 
@@ -60,7 +60,7 @@ WEB = Weather(
     streak_angle=(-35.0, 35.0), streak_opacity=(0.2, 0.6),
     veil=(0.0, 0.012), mixed=0.15, exposure=0.2, blur=0.6, noise=0.02, jpeg=(50, 95))
 
-# Covers both of the above, because Stable Diffusion's training data also covers both.
+# Covers most of both of the above, because Stable Diffusion's training data also covers both.
 PRETRAINING = Weather(
     beta=(0.003, 0.045), airlight=(0.6, 1.0), tint=0.05, uneven=0.5,
     flake_cover=(0.01, 0.24), flake_size=(0.5, 2.4), flake_blur=(0.0, 6.0),
@@ -114,7 +114,7 @@ def add_weather(image, depth, kind, weather, rng):
 
 
 def draw_beta(rng, kind, weather):
-    """Haze density in 1/m: in haze, with thin haze more frequent; in rain and snow, the veil."""
+    """Haze density in 1/m: for haze, small values are more likely; for rain and snow, the veil."""
     if kind == "clear":
         return 0.0
     if kind == "haze":
@@ -174,7 +174,7 @@ def rain_opacity(rng, height, width, weather, amount=1.0):
 def particles(rng, height, width, cover, length, size, angle, sharpness):
     """Opacity (H,W) in [0,1] of flakes or streaks: random points, convolved with one shape.
 
-    cover: fraction of the photo covered, about
+    cover: approximate fraction of the photo covered
     length: px, motion during the exposure
     size: px, radius
     angle: radians from the vertical
@@ -204,7 +204,7 @@ def particles(rng, height, width, cover, length, size, angle, sharpness):
 def describe(kind, drawn):
     """The caption of a photo as a list of phrases: kind, amount and appearance of its weather.
 
-    drawn: the parameters that were drawn for the photo. Words such as "heavy" refer to terciles of
+    drawn: the parameters that were drawn for the photo. Words such as "heavy" refer to thirds of
     the pretraining domain's ranges.
     """
     ranges = PRETRAINING

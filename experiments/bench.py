@@ -1,4 +1,4 @@
-"""Speed and memory of the stages, against what people would use instead.
+"""Speed and memory of the stages, compared with the usual alternatives.
 
     python -m experiments.bench                    # the table: ours against the alternatives
     python -m experiments.bench --growth           # more images, larger images, larger batches
@@ -11,7 +11,7 @@ flags of d4ir.py. Photos are random, adapters and students untrained; neither af
     ratio = seconds of the alternative / seconds of ours, per image or training step
     share = FLOP / seconds / (FLOP per second of a large matrix product in the same precision)
 
-Both sides and the matrix products take turns in one process; seconds are medians of --repeats.
+Both sides and the matrix products take turns in one process; seconds are medians over --repeats.
 FLOPs are those of convolutions, matrix products and attention, counted during a call. Peak memory
 (host_gib) is that of a fresh process, without memory-mapped files, which the system can evict.
 """
@@ -120,7 +120,7 @@ def in_fresh_process(function, *arguments, **named):
 
 
 def in_this_process(function, *arguments, **named):
-    """What a function returns, without the seconds that a new process takes; None if the GPU's
+    """What a function returns, without the start-up time of a new process; None if the GPU's
     memory ran out. Peak memory counts from here."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -196,15 +196,15 @@ def distillation(student, config, loader, device, dtype, teacher=None):
 
 
 def ignore(report):
-    """Discards the reports of a training."""
+    """Discards training reports."""
 
 
 # ---------------------------------------------------------------- the table's rows
 # Each function returns two Sides: ours and the alternative.
 
 def ccd(run, **settings):
-    """CCD against diffusers' img2img as people run it: a text prompt, one image a call, float32,
-    25 evaluations of the U-Net by DDIM."""
+    """CCD against diffusers' img2img as commonly used: a text prompt, one image per call,
+    float32, 25 DDIM steps."""
     ours = synthesis(run.sd, replace(run.synth, **settings), run.size,
                      untrained_adapter(run.sd, run.adapter))
     prompt = dict(prompt=d4ir.TASKS[run.args.task].captions[0])
@@ -240,7 +240,8 @@ def img2img(run, scheduler, prompt, batch, evaluations, **networks):
 
 
 def adapter_step(run):
-    """Against encoding in every step, gradients of the U-Net's weights, larger crops, float32."""
+    """Against a step that also encodes its crops and computes the gradients of the U-Net's weights,
+    with larger crops, in float32."""
     config, size, photos = run.adapter, run.size, random_photos(run.adapter.batch, 2 * run.size)
     sd, crop = TrainableUNet(load_stable_diffusion(run.args.sd, run.device)), config.crop or size
     ours = adapter_training(run.sd, config, CropPairs(photos, run.sd, crop, config.batch))
@@ -273,7 +274,7 @@ class EncodedEveryStep(CropPairs):
 
 
 def distill_step(run):
-    """Against decoding PNG files and running the teacher in every step, and float32."""
+    """Against a step that decodes PNG files and runs the teacher, in float32."""
     config, crop, images = run.distill, run.distill.crop_size(run.size), random_photos(64, run.size)
     targets = list(teacher_outputs(run.teacher, images, run.device, run.dtype))
     ours = distillation(run.new_student(crop), config, Crops(images, crop, config.batch, targets),
@@ -286,7 +287,7 @@ def distill_step(run):
 
 
 class PngCrops:
-    """A data set of random crops of PNG files, decoded when they are needed."""
+    """A dataset of random crops of PNG files, decoded when they are needed."""
 
     def __init__(self, images, crop):
         self.folder, self.crop = tempfile.TemporaryDirectory(), RandomCrop(crop)
@@ -308,7 +309,7 @@ def write_images(images, count, folder):
 
 
 def latency(run, size):
-    """The student, as the evaluation loads it from its file, against the teacher: one image."""
+    """The student, reloaded from its file as for evaluation, against the teacher: one image."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "student.safetensors")
         save_restorer(run.new_student(run.distill.crop_size(run.size)), file)
@@ -349,7 +350,7 @@ USUAL = dict(images=200, size=96, batch=16)
 
 def growth(arguments):
     """Time and peak memory of two stages, with one of images, size and batch changed at a time.
-    Distillation includes reading the images and the teacher's outputs for all of them."""
+    Distillation includes reading the images and computing the teacher's outputs."""
     cells = [USUAL] + [USUAL | {name: value} for name, values in GROWTH.items()
                        for value in values if value != USUAL[name]]
     return [dict(stage=stage) | cell | (in_fresh_process(run_stage, stage, arguments, **cell) or {})
@@ -392,14 +393,14 @@ SIZES = (256, 512)
 BATCHES = {"adapter": (2, 4, 8, 16, 32), "synth": (1, 2, 4, 8, 16), "distill": (1, 2, 4, 8, 16)}
 # The recommended run: adapter steps of 16 photos, images, distillation steps of 16 crops.
 RECOMMENDED = {"adapter": 3000, "synth": 4000, "distill": 60000}
-# For computed hours: NVIDIA's dense bf16 TFLOP/s with fp32 accumulation, the share of it that a
-# stage reaches, and the seconds that launching a step's kernels takes at least; both assumed.
+# For computed hours: NVIDIA's dense bf16 TFLOP/s with fp32 accumulation; the share of it that each
+# stage reaches and the least time to launch a step's kernels, in seconds, both assumed.
 GPUS = {"H100": 989, "A100": 312, "RTX 4090": 165, "RTX 3060": 25.5}
 SHARES = {"adapter": 0.28, "synth": 0.35, "distill": 0.1}
 LAUNCH_SECONDS = {"adapter": 0, "synth": 0, "distill": 0.03}
 # For computed memory of an adapter step: the three networks in bf16 (2.0) with the adapter, its
-# gradients, AdamW's state and the key encoder (0.6); the activations of a photo of 512 px.
-FIXED_GIB, PHOTO_GIB = 2.6, 0.69
+# gradients and AdamW's state (0.25); the activations of a photo of 512 px.
+FIXED_GIB, PHOTO_GIB = 2.25, 0.85
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 
 
@@ -421,7 +422,7 @@ def random_sd(device, dtype):
 
 
 def sd_size(run, limit):
-    """Measured cells, and what follows for the recommended run and for common cards."""
+    """Measured cells, and estimates from them for the recommended run and for common GPUs."""
     cells, stopped, measured = [], [], in_fresh_process
     if run.device.type == "cuda":
         measured = in_this_process
@@ -479,7 +480,7 @@ def sd_cell(stage, size, batch, width, device, dtype):
 
 
 def recommended_run(cells):
-    """Hours of each stage: from its largest measured batch here, computed for other GPUs."""
+    """Hours of each stage: measured here at its largest batch, computed for other GPUs."""
     largest, rows = {(cell["stage"], cell["size"]): cell for cell in cells}, []
     for (stage, size), cell in largest.items():
         scale = 1 if stage == "synth" else 16 / cell["batch"]           # steps of 16
@@ -494,7 +495,7 @@ def recommended_run(cells):
 
 
 def computed_seconds(stage, tflop, peak):
-    """Seconds of a step or an image of so many TFLOP on a GPU with this peak, in TFLOP/s."""
+    """Estimated seconds of a step or an image of `tflop` on a GPU with this peak, TFLOP/s."""
     return max(tflop / (peak * SHARES[stage]), LAUNCH_SECONDS[stage])
 
 
@@ -542,7 +543,7 @@ def compile_unet(sd, batch, size, repeats):
 # ---------------------------------------------------------------- the command line
 
 def make_run(arguments):
-    """The run of d4ir.py with these flags, by default with ten steps a call for both trainings."""
+    """The run of d4ir.py with these flags, by default with ten steps per training call."""
     steps = ["--adapter-steps", "10", "--distill-steps", "10"]
     run = d4ir.Run(d4ir.parse(["--task", "desnow", *steps, *map(str, arguments)]))
     if run.args.stage or run.args.restart or run.ranks > 1:
@@ -583,12 +584,14 @@ def main(argv=None):
     parser = make_parser("bench", __doc__)
     parser.add_argument("--repeats", type=d4ir.number(int, 1), default=3,
                         help="timed runs of every call (3)")
-    parser.add_argument("--growth", action="store_true", help="instead of the table")
-    parser.add_argument("--sd-size", choices=["1.5"], help="instead of the table")
+    parser.add_argument("--growth", action="store_true",
+                        help="measure growth with images, size and batch instead")
+    parser.add_argument("--sd-size", choices=["1.5"],
+                        help="measure a Stable Diffusion of this version's shape instead")
     parser.add_argument("--seconds", type=d4ir.number(float, 1), default=300,
                         help="with --sd-size: skip batches expected to take longer (300)")
     parser.add_argument("--compile", action="store_true",
-                        help="instead of the table; with --sd-size, of that U-Net at 512 px")
+                        help="measure torch.compile instead; with --sd-size, on that U-Net, 512 px")
     own, rest = parser.parse_known_args(argv)
     run = make_run(rest)
     if own.compile:

@@ -1,4 +1,4 @@
-"""What the experiments share: the parser of their own flags, and how a result was made."""
+"""Shared by the experiments: a parser for their own flags, and the provenance of a result."""
 import argparse
 import json
 import os

@@ -41,7 +41,7 @@ class Row:
     """One source of training images. To add a baseline that is a list of images, add one entry to
     ROWS."""
     title: str
-    note: str                           # may name fields of SynthConfig in braces
+    note: str                           # may hold {captions}, {plain} and SynthConfig's fields
     images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
@@ -57,7 +57,7 @@ def ablation(part, note, adapter={}, synth={}):
 ROWS = {
     "original": Row("original data", "the teacher's own training photos, degraded",
                     lambda bench: bench.photos("original", bench.crop)),
-    "web-degraded": Row("web photos in bad weather", "the adapter's photos",
+    "web-degraded": Row("web photos in bad weather", "the photos that the adapter is trained on",
                         lambda bench: bench.photos("degraded", bench.crop)),
     "web-clean": Row("web photos in good weather", "the photos that provide the content",
                      lambda bench: bench.photos("clean", bench.crop)),
@@ -127,7 +127,7 @@ class Bench:
         """The photos of --degraded, --clean or --original, (3,H,W) uint8, at least `size` px."""
         if (flag, size) not in self.loaded:
             folder = self.original if flag == "original" else getattr(self.run.args, flag)
-            if folder is None:                              # of the demo's teacher
+            if folder is None:                              # those of the demo's teacher
                 if not self.has_original():
                     raise ValueError("the training photos of this teacher are unknown")
                 parent = self.run.out / "demo" / self.run.args.task
@@ -194,7 +194,7 @@ class Bench:
         return images
 
     def images(self, name):
-        """The images of a row, (3,H,W) uint8; None for the GAN, which trains beside the student."""
+        """The images of a row, (3,H,W) uint8; None for the GAN, trained alongside the student."""
         row = ROWS[name]
         if name == "gan":
             return None
@@ -259,8 +259,8 @@ def teacher_gain(run, clean, images):
     """PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over synthesized images x: how well the
     teacher restores the clean photos x_c that they were made from.
 
-    It needs only what D4IR has, and is large where x shows weather that the teacher knows: settings
-    can be chosen by it without a test set.
+    It needs no data beyond D4IR's, and is large where x shows weather that the teacher was trained
+    on: settings can be tuned with it, without a test set.
     """
     gains = []
     for i, image in enumerate(images):
@@ -324,7 +324,7 @@ def summary(results):
 # ---------------------------------------------------------------- the table and the sweeps
 
 def compare(bench, names, seeds):
-    """The rows of compare-TASK.json: those asked for, and others that are finished."""
+    """The rows of compare-TASK.json: the requested ones, and others that are finished."""
     run, rows = bench.run, []
     for name, model in (("input", None), ("teacher", run.teacher)):
         file = run.out / f"{name}.json"
@@ -443,13 +443,13 @@ def sample_sheet(run, names, path):
         label = ROWS[name].title.replace("(", "\n(")
         ImageDraw.Draw(sheet).text((4, i * height + height // 2 - 6), label, fill="black")
         sheet.paste(image, (220, i * height))
-    sheet.quantize(256).save(path)                         # a third of the bytes
+    sheet.quantize(256).save(path)                         # a third of the file size
 
 
 # ---------------------------------------------------------------- the command line
 
 def check_settings(run, original):
-    """Rejects a folder whose rows were made with other settings or other weights."""
+    """Rejects a folder whose rows were made with different settings or weights."""
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     unet = Path(run.args.sd, "unet")
     weights = next(iter(sorted(unet.glob("*.safetensors"))), unet)
@@ -463,8 +463,9 @@ def check_settings(run, original):
                        for stage, part in settings.items() for key, value in part.items()
                        if old.get(stage, {}).get(key) != value]
         if differences:
-            raise ValueError(f"{run.out} was made with other settings: {'; '.join(differences)}. "
-                             "Use the same settings or another --out, or delete the folder")
+            raise ValueError(f"{run.out} was made with different settings: "
+                             f"{'; '.join(differences)}. Use the same settings or another --out, "
+                             "or delete the folder")
     run.out.mkdir(parents=True, exist_ok=True)
     run.lock = d4ir.lock_folder(run.out)
     d4ir.write_text(file, json.dumps(settings, indent=2))
@@ -506,8 +507,8 @@ def make_bench(arguments, original=None, many_photos=False):
 def main(argv=None):
     parser = make_parser("compare", __doc__, seeds="students per row")
     parser.add_argument("--rows", nargs="+", choices=(*ROWS, *GROUPS), default=list(ROWS),
-                        metavar="ROW", help=f"of {', '.join((*GROUPS, *ROWS))} (all)")
-    parser.add_argument("--sweep", choices=SWEEPS, help="instead of the rows: values of a setting")
+                        metavar="ROW", help=f"one or more of {', '.join((*GROUPS, *ROWS))} (all)")
+    parser.add_argument("--sweep", choices=SWEEPS, help="sweep a setting instead of the rows")
     parser.add_argument("--original", type=Path, metavar="DIR",
                         help="degraded training photos of the teacher (the demo's)")
     own, rest = parser.parse_known_args(argv)

@@ -13,7 +13,8 @@ R continues from the mixture with the remaining levels of the teacher, from D_T(
 student, from D_S(z). Simplified: one level per update, one network for all of the remaining levels,
 1x1 convolutions as encoders E and decoders D.
 
-Takes the flags of d4ir.py and the images of its row `d4ir`; for `Restorer` teachers.
+Takes the flags of d4ir.py and the images of experiments.compare's row `d4ir`; for `Restorer`
+teachers.
 """
 import random
 from contextlib import contextmanager, nullcontext
@@ -87,7 +88,7 @@ class Mixer(nn.Module):
 
 
 def train(teacher, student, mixers, loader, config, device, dtype, a, b):
-    """`distill` with the two further losses; trains the student in place."""
+    """`distill` with the two additional losses; trains the student in place."""
     nets = {"student": student, "teacher": teacher.requires_grad_(False).eval()}
     for net in (student, mixers, teacher):
         net.to(device, memory_format=torch.channels_last)

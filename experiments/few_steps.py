@@ -1,10 +1,10 @@
-"""CCD in one or two steps: a U-Net distilled from guided trajectories of ten.
+"""CCD in few steps: a U-Net distilled from guided ten-step trajectories.
 
     python -m experiments.few_steps --task desnow       # adds to results/neighbours.json
 
 TAD-SR (He et al. 2024, arXiv 2408.07476) distils a diffusion model for super-resolution into one
-step. Besides matching the model's output, its student matches the scores after slight noise, since
-small timesteps show fine detail. Here, a copy of the U-Net is trained on trajectories
+step. Besides matching the model's output, its student matches the scores after adding slight
+noise, since small timesteps show fine detail. Here, a copy of the U-Net is trained on trajectories
 (z_ts, ..., z_0') of ten steps: guided ones with the prompt P and, if the anchor is on, unguided
 ones with the negative prompt:
 
@@ -12,10 +12,11 @@ ones with the negative prompt:
     loss = |z_next^ - z_next| + a |eps_theta(z^_t', t', P) - eps_theta(z_t', t', P)|
 
 z^_t', z_t': z_next^ and z_next with the same noise at a small t'; only in the last step.
-Simplified: no adversarial loss. As in progressive distillation (Salimans and Ho 2022), two steps
-halve the distance. The copy needs no guidance: per image, 2 or 4 evaluations of the U-Net, not 30.
+Simplified: no adversarial loss. As in progressive distillation (Salimans and Ho 2022), each of
+two steps covers half of the way. The copy needs no guidance: per image, 2 U-Net evaluations, or 4
+with the anchor, in place of 20 or 30.
 
-Takes the flags of d4ir.py; the prompts are those of its row `d4ir`.
+Takes the flags of d4ir.py; the prompts are those of experiments.compare's row `d4ir`.
 """
 import copy
 from dataclasses import replace
@@ -49,7 +50,7 @@ class Recorder:
 
 @torch.no_grad()
 def trajectories(run, adapter, steps):
-    """Pairs for every step: lists of z_t (n,C,h,w), prompts (n,N,d) and z_next (n,C,h,w)."""
+    """The timesteps and, for every step, z_t (n,C,h,w), prompts (n,N,d) and z_next (n,C,h,w)."""
     sd, config, seed = run.sd, run.synth, run.args.seed + 1
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, 10)
     kept, pairs = timesteps[::10 // steps], [([], [], []) for _ in range(steps)]
@@ -109,7 +110,8 @@ def distil_unet(run, adapter, steps, weight):
 
 
 def row(bench, name, adapter, seeds, **settings):
-    """The metrics of students on images made with these settings, and the speed of both."""
+    """The metrics of students on images made with these settings, the speed of synthesis, and
+    the U-Net's training time."""
     images = lambda: bench.synthesize(name, adapter, **settings)
     metrics = summary(bench.students(name, images, seeds))
     folder = bench.run.out / name
@@ -121,9 +123,10 @@ def row(bench, name, adapter, seeds, **settings):
 
 def main(argv=None):
     parser = make_parser("few_steps", __doc__, seeds="students")
-    parser.add_argument("--evaluations", type=int, choices=(1, 2, 5), default=2, help="steps (2)")
+    parser.add_argument("--evaluations", type=int, choices=(1, 2, 5), default=2,
+                        help="steps per image (2)")
     parser.add_argument("--time-aware", type=d4ir.number(float, 0), default=1.0, metavar="A",
-                        help="weight of the scores' distance (1)")
+                        help="weight a of the scores' distance (1)")
     own, rest = parser.parse_known_args(argv)
     bench = make_bench(rest)
     run, steps, adapter = bench.run, own.evaluations, bench.adapter("d4ir")

@@ -11,14 +11,14 @@ photo x, three properties of the weather are
              theta: direction of its gradients, across the streaks
     scale  = spectral centroid of r, in cycles per px
 
-The result is the Spearman correlation of each between degraded photos and what is synthesized from
+The result is the Spearman correlation of each between degraded photos and what their prompts give
 them. "captions" are the renderer's exact descriptions of the same photos in place of the learned
 prompts (demo photos only); "ceiling" is the correlation between two crops of one degraded photo,
 which may overlap. With 256 images, the standard error of a correlation is about 0.06.
 
-"contrast" tests the adapter's embedding on weather and places that it was not trained on (demo
+"contrast" tests the adapter's embedding on weather and scenes that it was not trained on (demo
 photos only): how often a crop is nearest to the other crop of its photo, among 128 photos, and how
-often it is nearer to the same weather at another place than to other weather at the same place.
+often it is nearer to the same weather in another scene than to other weather in the same scene.
 """
 import json
 
@@ -87,22 +87,22 @@ def exact_captions(run, indices):
     return {i: caption(weather, photo_number(run, i)) for i in indices}
 
 
-def render_weather(kind, place, weather, size):
-    """Weather number `weather` of the web domain at place number `place`, (3,size,2 size) uint8."""
+def render_weather(kind, scene, weather, size):
+    """Scene number `scene` in weather number `weather` of the web domain, (3,size,2 size) uint8."""
     from demo.scenes import render_scene
     from demo.weather import WEB, add_weather, to_pil
-    scene, depth = render_scene(np.random.default_rng([1, place]), size, 2 * size)
-    degraded, _ = add_weather(scene, depth, kind, WEB, np.random.default_rng([2, weather]))
+    clean, depth = render_scene(np.random.default_rng([1, scene]), size, 2 * size)
+    degraded, _ = add_weather(clean, depth, kind, WEB, np.random.default_rng([2, weather]))
     return pil_to_tensor(to_pil(degraded))
 
 
 @torch.no_grad()
 def contrast(run, adapter, count=128):
-    """{"top_1", "same_weather_first"}: see above. Chance is 1 / count and 0.5."""
-    def embed(places, weathers):
+    """{"top_1", "same_weather_first"}: see the top of this file. Chance is 1 / count and 0.5."""
+    def embed(scenes, weather):
         """Embeddings (n,D) of the left halves of `count` photos, and of their right halves."""
-        images = [render_weather(kinds[i % len(kinds)], place, weather, run.size)
-                  for i, (place, weather) in enumerate(zip(places, weathers))]
+        images = [render_weather(kinds[i % len(kinds)], *numbers, run.size)
+                  for i, numbers in enumerate(zip(scenes, weather))]
         if adapter.config["residual"]:
             images = residuals(images, lambda x: restore(run.teacher, x))
         halves = (torch.stack(images) / 255).to(run.device).chunk(2, -1)    # (n,3,size,size) each
@@ -112,9 +112,9 @@ def contrast(run, adapter, count=128):
     even, odd = range(0, 2 * count, 2), range(1, 2 * count, 2)
     query, key = embed(even, even)
     _, same_weather = embed(odd, even)
-    same_place, _ = embed(even, odd)
+    same_scene, _ = embed(even, odd)
     found = (query @ key.T).argmax(1).cpu() == torch.arange(count)
-    nearer = (query * same_weather).sum(1) > (query * same_place).sum(1)
+    nearer = (query * same_weather).sum(1) > (query * same_scene).sum(1)
     return {"top_1": float(found.float().mean()),
             "same_weather_first": float(nearer.float().mean())}
 
@@ -135,7 +135,7 @@ def synthesize_captions(run, captions):
 
 
 def following_figure(run, adapter, captions, indices, path):
-    """One clean photo and one noise with the prompts of several degraded photos."""
+    """One clean photo and one noise sample with the prompts of several degraded photos."""
     seed = run.args.seed
     clean = draw_crops(run.clean, run.size, seed, [0], 0)
     degraded = draw_crops(run.degraded, run.size, seed, indices, 1)

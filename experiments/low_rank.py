@@ -1,18 +1,18 @@
-"""One student for all weathers with low-rank weights for each, against a shared student; after
+"""One student for all kinds of weather, with low-rank weights for each, against a shared one; after
 Instruct-IPT (Tian et al. 2024, arXiv 2407.00676).
 
     python -m experiments.low_rank                      # adds to results/neighbours.json
 
 Instruct-IPT, a transformer, is told the task. Its weights are shared; those that matter most also
-have a low-rank bias for each task, trained together with them:
+have a low-rank term for each task, trained together with them:
 
     W_k = W + B_k A_k,    k: the task; B_k (out,r), A_k (r,in 3 3)
 
-Simplified: all 3x3 convolutions of the residual blocks have a bias; each task also has its own
+Simplified: all 3x3 convolutions of the residual blocks have this term; each task also has its own
 norms, first and last convolution. W_k is computed once, so that inference costs the same.
 
 Takes the flags of d4ir.py except --task, which is `all`. Both students are trained on
-the images of a row, for the same number of updates and crops.
+the images of a row of experiments.compare, for the same number of updates and crops.
 """
 import copy
 
@@ -62,7 +62,7 @@ class PerTask(nn.ModuleList):
 
 
 def add_tasks(student, tasks, rank):
-    """Gives a student with residual blocks low-rank weights and the other parts of each task."""
+    """Gives a residual student low-rank weights, norms and outer convolutions for each task."""
     per_task = lambda module: PerTask(copy.deepcopy(module) for _ in range(tasks))
     for block in list(student.modules()):
         if isinstance(block, ResidualBlock):
@@ -110,7 +110,7 @@ def train(student, loaders, config, device, dtype):
 
 
 def low_rank_student(bench, images, tasks, rank, seed):
-    """Metrics of a student trained on images whose tasks are known, and its parameters."""
+    """Metrics and number of parameters of a student trained on images whose tasks are known."""
     run, loaders, rows = bench.run, [], []
     torch.manual_seed(seed)
     student = add_tasks(run.new_student(bench.crop), TASKS, rank)
@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument("--source", choices=("original", "d4ir"), default="original",
                         help="the row whose images to train on (original)")
     parser.add_argument("--rank", type=d4ir.number(float, 0), default=0.03, metavar="R",
-                        help="r / out; 0: only the other parts of each task (0.03)")
+                        help="r / out; 0: only norms and outer convolutions per task (0.03)")
     own, rest = parser.parse_known_args(argv)
     bench = make_bench(["--task", "all", *rest])
     run = bench.run

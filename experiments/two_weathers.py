@@ -11,8 +11,8 @@ snow") gives the same images for both (row sd-plain). The result is the table of
 
     margin = mean over test sets of (PSNR with the same look - PSNR with the other look)
 
-for each seed. The seeds share adapter and images. Takes the flags of d4ir.py, except --degraded and
---test.
+for each seed. All seeds share the adapter and the images. Takes the flags of d4ir.py, except
+--degraded and --test.
 """
 import json
 from dataclasses import replace
