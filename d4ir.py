@@ -391,7 +391,7 @@ def make_parser():
     add("--test", type=Path, metavar="DIR", help="paired benchmark folder (the demo's)")
     add("--out", type=Path, metavar="DIR", help="run folder (runs/TASK)")
     add("--restart", action="store_true",
-        help="delete and rerun the first stage in --stage and all later ones")
+        help="first delete the results of the earliest stage in --stage and of all later ones")
     add("--no-additions", action="store_true",
         help=f"the paper's method alone: switch off {', '.join(map(to_flag, additions_off()))} "
              f"(the demo's default for {', '.join(without_additions)})")

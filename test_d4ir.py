@@ -2701,7 +2701,7 @@ def test_bench_of_the_recommended_run(monkeypatch):
     assert fits["synth", 512, 24]["source"] == "computed"   # batch 16 was not measured
     assert fits["synth", 512, 8]["batch"] == 4
     (row,) = [row for row in bench.memory(small) if (row["size"], row["card_gib"]) == (512, 8)]
-    assert row["batch"] == 4 and row["gib"] == pytest.approx(2.25 + 4 * 0.85)
+    assert row["batch"] == 4 and row["gib"] == pytest.approx(2.6 + 4 * 0.85)
 
 
 def test_bench_stops_before_it_takes_too_much(monkeypatch):

@@ -398,9 +398,9 @@ RECOMMENDED = {"adapter": 3000, "synth": 4000, "distill": 60000}
 GPUS = {"H100": 989, "A100": 312, "RTX 4090": 165, "RTX 3060": 25.5}
 SHARES = {"adapter": 0.28, "synth": 0.35, "distill": 0.1}
 LAUNCH_SECONDS = {"adapter": 0, "synth": 0, "distill": 0.03}
-# For computed memory of an adapter step: the three networks in bf16 (2.0) with the adapter, its
-# gradients and AdamW's state (0.25); the activations of a photo of 512 px.
-FIXED_GIB, PHOTO_GIB = 2.25, 0.85
+# For computed memory of an adapter step, measured on an H200 (results/README.md): the fixed part,
+# and that of each photo of 512 px.
+FIXED_GIB, PHOTO_GIB = 2.6, 0.85
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 
 
