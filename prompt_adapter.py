@@ -55,12 +55,10 @@ class AdapterConfig:
     save_every: int = 50        # updates between reports, which also write a checkpoint
     residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
     weather_weight: float = 0.0  # addition: the diffusion loss is weighted by 1 + this * |residual|
-    cross_crop: bool = False    # addition: crop a is denoised with the prompt of crop b
     caption_base: bool = False  # addition: prompts are centred on the plain captions' mean
     span: int = 0               # addition: K, prompts vary along K principal directions of captions
 
-    ADDITIONS = {"residual": False, "weather_weight": 0.0, "cross_crop": False,
-                 "caption_base": False, "span": 0}
+    ADDITIONS = {"residual": False, "weather_weight": 0.0, "caption_base": False, "span": 0}
 
     def __post_init__(self):
         if self.batch < 2:
@@ -242,7 +240,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Forward.
         with torch.autocast(device.type, sd.dtype, enabled=sd.dtype is not torch.float32):
             prompts, embeddings = model(torch.cat([a, b]), with_embedding=True)
-        prompts_a, prompts_b = prompts.chunk(2)                     # (B,N,d) each
+        prompts = prompts[:len(a)]                                  # (B,N,d), of crop a
         query, key = embeddings.chunk(2)                            # (B,D) each
 
         # Losses.
@@ -254,7 +252,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         weight = 1.0
         if config.weather_weight:                                   # addition
             weight = weather_weight(a, z_0, config.weather_weight)
-        prompts = prompts_b if config.cross_crop else prompts_a     # b: addition
         diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)
         loss = diffusion + config.contrast * contrastive
 

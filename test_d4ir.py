@@ -219,7 +219,7 @@ class Interrupted:
             yield batch
 
 
-ADDITIONS_ON = dict(residual=True, weather_weight=3.0, cross_crop=True, caption_base=True, span=3)
+ADDITIONS_ON = dict(residual=True, weather_weight=3.0, caption_base=True, span=3)
 
 
 @pytest.mark.parametrize("additions", [{}, ADDITIONS_ON])
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_adapter_training_and_distillation(sd, t
     assert not list(tmp_path.iterdir())                    # no checkpoint of a broken network
 
 
-def test_cross_crop_swaps_the_crop_behind_the_prompt(sd, monkeypatch):
+def test_crop_a_is_denoised_with_its_own_prompt(sd, monkeypatch):
     made, used = [], []
     loss = prompt_adapter.diffusion_loss
     monkeypatch.setattr(prompt_adapter, "diffusion_loss", lambda sd, z, prompts, *rest: (
@@ -303,14 +303,13 @@ def test_cross_crop_swaps_the_crop_behind_the_prompt(sd, monkeypatch):
 
     a, b = (photo(i, 64, 64).expand(2, 3, 64, 64) for i in (1, 2))
     batch = (noise(0, 2, 4, 8, 8), a, b, torch.tensor([0, 1]))
-    for cross_crop in (True, False):
-        adapter = Spy(sd.width, 4)
-        nn.init.normal_(adapter.to_prompts[-1].weight)
-        config = prompt_adapter.AdapterConfig(steps=1, batch=2, cross_crop=cross_crop)
-        prompt_adapter.train_adapter(adapter, sd, [batch], config)
-        of_a, of_b = made.pop()[0].chunk(2)
-        assert not torch.equal(of_a, of_b)
-        assert torch.equal(used.pop(), of_b if cross_crop else of_a)
+    adapter = Spy(sd.width, 4)
+    nn.init.normal_(adapter.to_prompts[-1].weight)
+    prompt_adapter.train_adapter(adapter, sd, [batch],
+                                 prompt_adapter.AdapterConfig(steps=1, batch=2))
+    of_a, of_b = made.pop()[0].chunk(2)
+    assert not torch.equal(of_a, of_b)
+    assert torch.equal(used.pop(), of_a)
 
 
 def test_residuals_show_what_the_teacher_removes():
@@ -600,10 +599,10 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
     assert set(off) == {"negative_prompt", "anchor", "adapter_residual", "adapter_weather_weight",
-                        "adapter_cross_crop", "adapter_caption_base", "adapter_span"}
+                        "adapter_caption_base", "adapter_span"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
-    assert set(default) == {"residual", "weather_weight", "cross_crop", "caption_base", "span",
+    assert set(default) == {"residual", "weather_weight", "caption_base", "span",
                             "negative_prompt", "anchor"}
     assert active("--no-additions") == active("--sd", "elsewhere") == []
     for name, value in off.items():
@@ -1574,7 +1573,7 @@ def test_the_bundled_demo_writes_every_file(demo_run):
     assert config["adapter"]["steps"] == 4 and config["evaluate"]["tile"] == 1024
     assert "torch" in config["versions"] and "anchor" in config["additions"]
     assert "using the bundled demo for: --degraded, --clean, --test, --sd, --teacher" in done.stdout
-    additions = ("residual, weather_weight, cross_crop, caption_base, span, negative_prompt, "
+    additions = ("residual, weather_weight, caption_base, span, negative_prompt, "
                  "anchor")
     assert f"additions: {additions}\n" in done.stdout
     assert "Traceback" not in done.stderr

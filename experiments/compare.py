@@ -77,7 +77,6 @@ ROWS = {
                             synth=dict(negative_prompt="")),
     "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
                         "prompt and are not centred", dict(caption_base=False)),
-    "no-cross-crop": ablation("cross-crop", "--no-adapter-cross-crop", dict(cross_crop=False)),
     "no-span": ablation("span", "--adapter-span 0: prompts vary freely", dict(span=0)),
     "no-residual": ablation(
         "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
