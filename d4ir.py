@@ -68,7 +68,6 @@ class Task:
     captions: tuple                     # a baseline in experiments/, chosen on the demo's test set
     weather: tuple                      # kinds of weather, for demo photos and plain captions
     demo_settings: dict = field(default_factory=dict)       # override demo.SETTINGS
-    demo_additions: bool = True         # whether the additions help in the demo (results/README.md)
     phrases: tuple = ()                 # addition span: groups of phrases; empty: no span
 
     def plain_captions(self):
@@ -91,8 +90,7 @@ HAZE = (("a photo in light haze", "a photo in moderate haze", "a photo in heavy 
 TASKS = {
     "derain": Task(("a photo in heavy rain",), ("rain",), phrases=(RAIN,)),
     "dehaze": Task(("a photo in heavy haze",), ("haze",),
-                   dict(guidance=8.0, adapter_steps=120, adapter_batch=16, adapter_crop=0,
-                        adapter_lr=1e-4), demo_additions=False, phrases=(HAZE,)),
+                   dict(guidance=8.0, anchor=False, negative_prompt=""), phrases=(HAZE,)),
     "desnow": Task(("a photo in heavy snow",), ("snow",), phrases=(SNOW,)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
                 ("haze", "rain", "snow"), dict(distill_steps=4500), phrases=(RAIN, HAZE, SNOW)),
@@ -362,7 +360,6 @@ def number(kind, least, most=math.inf):
 def make_parser():
     mini_sd = demo and str(demo.WEIGHTS / "mini-sd")
     teacher = demo and str(demo.WEIGHTS / "teacher.safetensors")
-    without_additions = [name for name, task in TASKS.items() if not task.demo_additions]
     parser = Parser(prog="d4ir.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -393,8 +390,7 @@ def make_parser():
     add("--restart", action="store_true",
         help="first delete the results of the earliest stage in --stage and of all later ones")
     add("--no-additions", action="store_true",
-        help=f"the paper's method alone: switch off {', '.join(map(to_flag, additions_off()))} "
-             f"(the demo's default for {', '.join(without_additions)})")
+        help=f"the paper's method alone: switch off {', '.join(map(to_flag, additions_off()))}")
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if available)")
     add("--precision", choices=DTYPES,
         help="precision of Stable Diffusion and autocast; metrics use fp32 (bf16; fp32 on a "
@@ -434,7 +430,7 @@ def parse(argv):
     if demo and Path(args.sd).resolve() == (demo.WEIGHTS / "mini-sd").resolve():
         task = TASKS[args.task]
         parser.set_defaults(**demo.SETTINGS | ({} if task.phrases else {"adapter_span": 0})
-                            | ({} if task.demo_additions else off) | task.demo_settings)
+                            | task.demo_settings)
     if args.no_additions:
         parser.set_defaults(**off)
     args = parser.parse_args(argv)
