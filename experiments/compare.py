@@ -94,7 +94,8 @@ ROWS = {
                     reuses=("adapter", "synth")),
 }
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
-                        "no-negative", "no-base", "no-span", "no-residual", "no-content", "d4ir")}
+                        "no-negative", "no-base", "no-span", "no-residual", "no-weather-weight",
+                        "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "steps": (1, 2, 4, 6, 10, 20), "photos": (8, 32, 128, 512),
           "images": (32, 64, 128, 256, 512, 1024)}
