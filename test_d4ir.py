@@ -1772,11 +1772,11 @@ def test_bad_input_gives_one_line_and_exit_code_2(folders, network, tmp_path, ca
              (["--strength", "0"], "strength"), (["--tokens", "99"], "tokens"),
              (["--steps", "999"], "steps must be"), (["--size", "60"], "multiple of 16"),
              (["--adapter-crop", "60"], "--adapter-crop must be a multiple of 16 px, not 60"),
-             (["--adapter-crop", "112"], "--adapter-crop 112 is larger than the images (96 px)"),
+             (["--adapter-crop", "112"], r"--adapter-crop 112 is larger than the images \(96 px\)"),
              (["--scheduler", "euler"], "ddim"), (["--device", "tpu"], "--device tpu"),
              (["--stage", "distill"], "run --stage synth first"),
-             (["--distill-crop", "999"], "larger than the images (96 px)"),
-             (["--photo-size", "95"], "--photo-size 95 is smaller than the images (96 px)"),
+             (["--distill-crop", "999"], r"larger than the images \(96 px\)"),
+             (["--photo-size", "95"], r"--photo-size 95 is smaller than the images \(96 px\)"),
              (["--adapter", folders / "bad/broken.png"], "broken.png: not an adapter"),
              (["--adapter", tmp_path / "absent"], "absent: not an adapter"),
              (["--teacher", f"{net}:Halving@{weights}"], "teacher-multiple"),
@@ -2564,6 +2564,7 @@ BENCH = ["--size", "32", "--batch", "2", "--steps", "2", "--adapter-batch", "2",
          "0", "--adapter-steps", "1", "--distill-batch", "2", "--distill-steps", "1"]
 
 
+@pytest.mark.slow
 def test_bench_table_and_compile(tmp_path, monkeypatch):
     """Each command keeps the other's section of the file."""
     monkeypatch.setitem(bench.MATMUL, "cpu", 64)
