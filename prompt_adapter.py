@@ -197,7 +197,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     config: tokens, crop, batch, caption_base and span are not read here: the caller builds the
       adapter and the loader.
     seed: of t and noise. With several processes, each needs a seed and batches of its own; the
-      negatives are the keys of all, and crops of equal photo numbers are no negatives. Batch norms
+      negatives are the keys of all, and crops of equal photo numbers are not negatives. Batch norms
       (additions residual and caption_base) are per process.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.

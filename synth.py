@@ -201,7 +201,7 @@ def synthesize_with_additions(clean, prompts, sd, config, generator=None):
 
 
 def add_anchor(image, plain, clean):
-    """Anchor: x = D(z_P) + a (x_c - D(z_-)), adds back the detail that denoising loses.
+    """Anchor: x = D(z_P) + a (x_c - D(z_-)). Adds back the detail that denoising loses.
 
     image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns the same.
     Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts

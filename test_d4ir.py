@@ -2134,7 +2134,7 @@ def train_one_step(folder):
     if ranks > 1:
         torch.distributed.init_process_group("gloo")
     own = slice(4 * rank // ranks, 4 * (rank + 1) // ranks)
-    # abar = 0 and v-prediction: the target is -z_0, whatever the noise, which differs between them.
+    # abar = 0 and v-prediction: the target is -z_0, whatever the noise, which differs by process.
     predict = lambda z, t, prompts: prompts.mean((1, 2)).view(-1, 1, 1, 1).expand_as(z)
     fake = argparse.Namespace(unet=nn.Identity(), device=torch.device("cpu"), dtype=torch.float32,
                               prediction_type="v_prediction", alphas_cumprod=torch.zeros(10),
