@@ -103,8 +103,8 @@ class PromptAdapter(nn.Module):
         self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
                            centered=centered, residual=residual, span=len(span))
         c, hidden = channels, 16 * channels
-        self.scales = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
-                                     downsample(4 * c, 4 * c, 8 * c)])
+        self.encoder = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
+                                      downsample(4 * c, 4 * c, 8 * c)])
         norm = nn.BatchNorm1d(28 * c, affine=False) if residual else nn.LayerNorm(28 * c)
         self.mix = nn.Sequential(norm, nn.Linear(28 * c, hidden), nn.SiLU())
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
@@ -123,7 +123,7 @@ class PromptAdapter(nn.Module):
         embeddings (B,D) of unit length, which the contrastive loss compares."""
         gain = 16 if self.config["residual"] else 4                 # about unit variance
         x, statistics = gain * (degraded - 0.5), []
-        for scale in self.scales:
+        for scale in self.encoder:
             x = scale(x)                                            # (B,c',H/2,W/2), /4, /8
             flat = x.flatten(2).float()                             # (B,c',HW)
             statistics += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
@@ -138,9 +138,11 @@ class PromptAdapter(nn.Module):
 
 
 def downsample(inner, middle, outer):
-    """Two convolutions: (B,inner,H,W) to (B,outer,H/2,W/2)."""
-    return nn.Sequential(nn.Conv2d(inner, middle, 3, 1, 1), nn.SiLU(),
-                         nn.Conv2d(middle, outer, 3, 2, 1), nn.SiLU())
+    """Two convolutions: (B,inner,H,W) to (B,outer,H/2,W/2). Zeros at the border would make the
+    statistics, and with them the prompts, depend on the size of the crop."""
+    reflect = dict(padding=1, padding_mode="reflect")
+    return nn.Sequential(nn.Conv2d(inner, middle, 3, **reflect), nn.SiLU(),
+                         nn.Conv2d(middle, outer, 3, stride=2, **reflect), nn.SiLU())
 
 
 def info_nce(query, key, queue, temperature, ignore=None):

@@ -355,6 +355,17 @@ def test_prompts_start_at_the_base_and_centered_ones_keep_it_as_their_mean():
         prompt_adapter.PromptAdapter(32, 4, base=noise(0, 3, 4, 32))
 
 
+def test_prompts_do_not_depend_on_the_size_of_the_crop():
+    """With zeros at the border, the same grey gave other features in a crop of another size: all
+    prompts were shifted, by as much as captions differ, where crops grew from 64 to 96 px."""
+    for residual in (False, True):
+        adapter = prompt_adapter.PromptAdapter(32, 4, residual=residual).eval()
+        nn.init.normal_(adapter.to_prompts[-1].weight)
+        small, large = (torch.full((1, 3, size, size), 0.7) for size in (16, 48))
+        for one, other in zip(adapter(small, True), adapter(large, True)):
+            torch.testing.assert_close(one, other)
+
+
 def test_prompts_stay_in_the_span_of_captions(tmp_path):
     captions = noise(0, 6, 4, 32)
     span = prompt_adapter.text_span(captions, 3)
@@ -372,7 +383,7 @@ def test_prompts_stay_in_the_span_of_captions(tmp_path):
 
     base, photos = noise(1, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
     adapter = prompt_adapter.PromptAdapter(32, 4, base=base, span=span)
-    nn.init.normal_(adapter.to_prompts[-1].weight)
+    nn.init.normal_(adapter.to_prompts[-1].weight, std=4)
     change = (adapter(photos) - base).flatten(1)
     assert change.std(0).mean() > 0.1
     inside = torch.linalg.lstsq(span.flatten(1).T, change.T).solution.T @ span.flatten(1)
