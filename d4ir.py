@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -49,7 +48,7 @@ from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_imag
 from models import (Restorer, export_restorer, first_line, has_bf16, load_restorer,
                     load_stable_diffusion, save_restorer)
 from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, residuals,
-                            save_adapter, text_span, train_adapter)
+                            save_adapter, train_adapter)
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
 
 try:
@@ -68,32 +67,19 @@ class Task:
     captions: tuple                     # a baseline in experiments/, chosen on the demo's test set
     weather: tuple                      # kinds of weather, for demo photos and plain captions
     demo_settings: dict = field(default_factory=dict)       # override demo.SETTINGS
-    phrases: tuple = ()                 # addition span: groups of phrases; empty: no span
 
     def plain_captions(self):
         """Captions that name only the weather. Addition caption_base: their mean."""
         return [f"a photo in {weather}" for weather in self.weather]
 
-    def variations(self):
-        """Captions with one phrase from each group, in all combinations."""
-        return [", ".join(words) for groups in self.phrases for words in product(*groups)]
-
-
-SLANTS = "falling straight", "blown to the left", "blown to the right"
-RAIN = (("a photo in light rain", "a photo in moderate rain", "a photo in heavy rain"),
-        ("short streaks", "medium streaks", "long streaks"), ("faint", "clear", "bright"), SLANTS)
-SNOW = (("a photo in light snow", "a photo in moderate snow", "a photo in heavy snow"),
-        ("small flakes", "medium flakes", "large flakes"), SLANTS)
-HAZE = (("a photo in light haze", "a photo in moderate haze", "a photo in heavy haze"),
-        ("dark air", "grey air", "bright air"))
 
 TASKS = {
-    "derain": Task(("a photo in heavy rain",), ("rain",), phrases=(RAIN,)),
+    "derain": Task(("a photo in heavy rain",), ("rain",)),
     "dehaze": Task(("a photo in heavy haze",), ("haze",),
-                   dict(guidance=8.0, anchor=False, negative_prompt=""), phrases=(HAZE,)),
-    "desnow": Task(("a photo in heavy snow",), ("snow",), phrases=(SNOW,)),
+                   dict(guidance=8.0, anchor=False, negative_prompt="")),
+    "desnow": Task(("a photo in heavy snow",), ("snow",)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
-                ("haze", "rain", "snow"), dict(distill_steps=4500), phrases=(RAIN, HAZE, SNOW)),
+                ("haze", "rain", "snow"), dict(distill_steps=4500)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Files of each stage in the run folder; the first one exists once the stage is finished (evaluate:
@@ -137,9 +123,8 @@ def adapter_stage(run):
     else:
         torch.manual_seed(run.args.seed)
         base = base_prompt(run)
-        span = caption_span(run) if config.span else 0              # addition
         adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base,
-                                residual=config.residual, span=span)
+                                residual=config.residual)
         loader = CropPairs(run.degraded, sd, config.crop or run.size, config.batch, seed,
                            inputs=run.adapter_inputs(adapter))
         train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
@@ -230,12 +215,6 @@ def base_prompt(run):
     the mean of the plain captions."""
     texts = TASKS[run.args.task].plain_captions() if run.adapter.caption_base else [""]
     return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
-
-
-def caption_span(run):
-    """Addition `span`: principal directions (K,N,d) of captions of the task's weather."""
-    captions = TASKS[run.args.task].variations()
-    return text_span(run.sd.text_prompt(captions, run.adapter.tokens), run.adapter.span)
 
 
 def adapter_figure(run, adapter):
@@ -428,9 +407,7 @@ def parse(argv):
     parser, off = make_parser(), additions_off()
     args = parser.parse_args(argv)
     if demo and Path(args.sd).resolve() == (demo.WEIGHTS / "mini-sd").resolve():
-        task = TASKS[args.task]
-        parser.set_defaults(**demo.SETTINGS | ({} if task.phrases else {"adapter_span": 0})
-                            | task.demo_settings)
+        parser.set_defaults(**demo.SETTINGS | TASKS[args.task].demo_settings)
     if args.no_additions:
         parser.set_defaults(**off)
     args = parser.parse_args(argv)
@@ -646,8 +623,6 @@ def check_diffusion(run):
                              f"({size} px)")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
-    elif run.adapter.span and not TASKS[args.task].phrases:
-        raise ValueError(f"task {args.task} has no phrases for a span: use --adapter-span 0")
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
                        and args.strength == args.steps / 4)
     if sd.timestep_spacing == "trailing" and not suits_few_steps:

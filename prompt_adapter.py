@@ -56,9 +56,9 @@ class AdapterConfig:
     residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
     weather_weight: float = 0.0  # addition: the diffusion loss is weighted by 1 + this * |residual|
     caption_base: bool = False  # addition: prompts are centred on the plain captions' mean
-    span: int = 0               # addition: K, prompts vary along K principal directions of captions
+    penalty: float = 0.0        # addition: weight of ||P - base||^2 / ||base||^2 in the loss
 
-    ADDITIONS = {"residual": False, "weather_weight": 0.0, "caption_base": False, "span": 0}
+    ADDITIONS = {"residual": False, "weather_weight": 0.0, "caption_base": False, "penalty": 0.0}
 
     def __post_init__(self):
         if self.batch < 2:
@@ -86,22 +86,18 @@ class PromptAdapter(nn.Module):
     width: d. tokens: N. channels: of the first convolution. embedding: D. base: (1,N,d), the prompt
     that an untrained adapter gives for every photo (zeros; the null prompt is a better start).
     Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
-    x_d itself, and a batch norm over the photos replaces the layer norm. span: (K,N,d), see
-    `text_span`; then P = base + sum_k c_k span_k. An int K instead reserves a span for
-    `load_state_dict` to fill.
-    Raises ValueError for a base or span of another shape.
+    x_d itself, and a batch norm over the photos replaces the layer norm.
+    Raises ValueError for a base of another shape.
     """
 
     def __init__(self, width, tokens, channels=16, embedding=128, base=None, centered=False,
-                 residual=False, span=0):
+                 residual=False):
         super().__init__()
         base = torch.zeros(1, tokens, width) if base is None else base.detach().clone()
-        span = span.detach().clone() if torch.is_tensor(span) else torch.zeros(span, tokens, width)
-        if base.shape != (1, tokens, width) or span.shape[1:] != (tokens, width):
-            raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}, and "
-                             f"the span (K, {tokens}, {width}), not {tuple(span.shape)}")
+        if base.shape != (1, tokens, width):
+            raise ValueError(f"the base must be {(1, tokens, width)}, not {tuple(base.shape)}")
         self.config = dict(width=width, tokens=tokens, channels=channels, embedding=embedding,
-                           centered=centered, residual=residual, span=len(span))
+                           centered=centered, residual=residual)
         c, hidden = channels, 16 * channels
         self.encoder = nn.ModuleList([downsample(3, c, 2 * c), downsample(2 * c, 2 * c, 4 * c),
                                       downsample(4 * c, 4 * c, 8 * c)])
@@ -109,12 +105,10 @@ class PromptAdapter(nn.Module):
         self.mix = nn.Sequential(norm, nn.Linear(28 * c, hidden), nn.SiLU())
         self.to_prompts = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                         centering(hidden) if centered else nn.Identity(),
-                                        nn.Linear(hidden, len(span) or tokens * width,
-                                                  bias=not centered))
+                                        nn.Linear(hidden, tokens * width, bias=not centered))
         self.to_embedding = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(),
                                           nn.Linear(hidden, embedding))
         self.register_buffer("base", base)
-        self.register_buffer("span", span)                          # (K,N,d); K = 0: free prompts
         for parameter in self.to_prompts[-1].parameters():
             nn.init.zeros_(parameter)                               # starts at the base
 
@@ -128,10 +122,8 @@ class PromptAdapter(nn.Module):
             flat = x.flatten(2).float()                             # (B,c',HW)
             statistics += [flat.mean(2), (flat.var(2, correction=0) + 1e-5).sqrt()]
         features = self.mix(torch.cat(statistics, 1))               # (B,16c)
-        change = self.to_prompts(features)                          # (B,Nd), or (B,K)
-        if len(self.span):                                          # addition
-            change = change @ self.span.flatten(1)                  # (B,Nd)
-        prompts = self.base + change.float().unflatten(1, self.base.shape[1:])
+        change = self.to_prompts(features).float()                  # (B,Nd)
+        prompts = self.base + change.unflatten(1, self.base.shape[1:])
         if with_embedding:
             return prompts, F.normalize(self.to_embedding(features).float(), dim=1)
         return prompts
@@ -196,22 +188,20 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     loader: batches (z_0 (B,C,h,w), a and b (B,3,H,W) uint8 or float in [0,1], photo numbers (B,)),
       repeated until `config.steps` updates are done; see `CropPairs`. To resume, its attribute
       `step` is set if it has one; otherwise, batches that were used before are read again.
-    config: tokens, crop, batch, caption_base and span are not read here: the caller builds the
-      adapter and the loader.
+    config: tokens, crop, batch and caption_base are not read here: the caller builds the adapter
+      and the loader.
     seed: of t and noise. With several processes, each needs a seed and batches of its own; the
       negatives are the keys of all, and crops of equal photo numbers are not negatives. Batch norms
       (additions residual and caption_base) are per process.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. Raises ValueError for an empty
-    loader, a config whose `residual` differs from the adapter's, a span of zeros, or losses or
-    weights that are not finite.
+    loader, a config whose `residual` differs from the adapter's, or losses or weights that are not
+    finite (as with a penalty on the deviation from a base of zeros).
     """
     if config.residual != adapter.config["residual"]:
         raise ValueError(f"residual is {config.residual} in the config but "
                          f"{adapter.config['residual']} in the adapter")
-    if adapter.config["span"] and not adapter.span.any():
-        raise ValueError("the adapter's span is zero: pass PromptAdapter the result of `text_span`")
     device = sd.device
     sd.unet.requires_grad_(False).eval()
     adapter.to(device, memory_format=torch.channels_last).train()
@@ -256,6 +246,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
             weight = weather_weight(a, z_0, config.weather_weight)
         diffusion = diffusion_loss(sd, z_0.float(), prompts, t, noise, weight)
         loss = diffusion + config.contrast * contrastive
+        if config.penalty:                                          # addition
+            loss = loss + config.penalty * prompt_penalty(prompts, adapter.base)
 
         # Backward and update.
         for group in optimizer.param_groups:
@@ -357,20 +349,14 @@ def weather_weight(residual, z_0, strength):
     return 1 + strength * F.adaptive_avg_pool2d(removed, z_0.shape[-2:])
 
 
-def text_span(prompts, count):
-    """Addition `span`: the first K principal directions (K,N,d) of text prompts (M,N,d), each as
-    long as the standard deviation of the prompts along it. K = min(count, M - 1).
+def prompt_penalty(prompts, base):
+    """Addition `penalty`: ||P - base||^2 / ||base||^2, mean over B. prompts: (B,N,d). base:
+    (1,N,d), not zero. Returns a scalar.
 
-    Free prompts leave the distribution that the U-Net was trained on; these stay closer to it.
-    Raises ValueError for fewer than two prompts.
+    Without it, prompts move three times as far from the base as the base is long, and leave the
+    distribution that the U-Net was trained on: the weather is right, the rest of the image is not.
     """
-    if len(prompts) < 2:
-        raise ValueError("a span needs at least two captions: set span to 0")
-    centred = (prompts - prompts.mean(0)).flatten(1).double()               # (M,Nd)
-    _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)
-    directions = directions * (lengths / len(prompts) ** 0.5)[:, None]
-    count = min(count, len(prompts) - 1)
-    return directions[:count].float().unflatten(1, prompts.shape[1:])
+    return (prompts - base).square().sum((1, 2)).mean() / base.square().sum()
 
 
 # ---------------------------------------------------------------- batches and files

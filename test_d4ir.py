@@ -219,7 +219,7 @@ class Interrupted:
             yield batch
 
 
-ADDITIONS_ON = dict(residual=True, weather_weight=3.0, caption_base=True, span=3)
+ADDITIONS_ON = dict(residual=True, weather_weight=3.0, caption_base=True, penalty=0.1)
 
 
 @pytest.mark.parametrize("additions", [{}, ADDITIONS_ON])
@@ -228,13 +228,12 @@ def test_adapter_training_learns_resumes_and_leaves_the_unet_unchanged(sd, tmp_p
     before = [p.clone() for p in sd.unet.parameters()]
     config = prompt_adapter.AdapterConfig(steps=6, batch=2, save_every=2, **additions)
     inputs = prompt_adapter.residuals(photos, lambda x: x * 0.8) if config.residual else None
-    span = noise(0, config.span, 4, sd.width) if config.span else 0
 
     def train(checkpoint, stop=None):
         torch.manual_seed(0)
         adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=sd.null_prompt(4),
                                                centered=config.caption_base,
-                                               residual=config.residual, span=span)
+                                               residual=config.residual)
         loader = prompt_adapter.CropPairs(photos, sd, 64, 2, inputs=inputs)
         reports = []
         if stop:
@@ -262,10 +261,9 @@ def test_adapter_settings_are_checked(sd):
     adapter = prompt_adapter.PromptAdapter(sd.width, 4)
     with pytest.raises(ValueError, match="empty"):
         prompt_adapter.train_adapter(adapter, sd, [], prompt_adapter.AdapterConfig())
-    for options, message in ({"residual": True}, "in the config but"), ({"span": 2}, "is zero"):
-        with pytest.raises(ValueError, match=message):
-            prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4, **options), sd,
-                                         [0], prompt_adapter.AdapterConfig())
+    with pytest.raises(ValueError, match="in the config but"):
+        prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4, residual=True), sd,
+                                     [0], prompt_adapter.AdapterConfig())
     for settings, message in (({"batch": 1}, "batch"),
                               ({"temperature": 0.0}, "temperature"),
                               ({"weather_weight": 1.0}, "needs residual")):
@@ -366,31 +364,24 @@ def test_prompts_do_not_depend_on_the_size_of_the_crop():
             torch.testing.assert_close(one, other)
 
 
-def test_prompts_stay_in_the_span_of_captions(tmp_path):
-    captions = noise(0, 6, 4, 32)
-    span = prompt_adapter.text_span(captions, 3)
-    assert span.shape == (3, 4, 32)
-    assert prompt_adapter.text_span(captions, 99).shape == (5, 4, 32)      # of 6 captions
-    centred = (captions - captions.mean(0)).flatten(1)
-    direction = nn.functional.normalize(span[0].flatten(), dim=0)
-    deviation = (centred @ direction).std(correction=0)
-    assert span[0].norm().item() == pytest.approx(deviation.item(), rel=1e-4)
-    with pytest.raises(ValueError, match="at least two captions"):
-        prompt_adapter.text_span(captions[:1], 3)
+def test_the_penalty_keeps_prompts_near_the_base(sd):
+    base = sd.null_prompt(4)
+    assert prompt_adapter.prompt_penalty(base.expand(3, -1, -1), base).item() == 0
+    assert prompt_adapter.prompt_penalty(-base, base).item() == pytest.approx(4)
+    prompts = torch.cat([base, 3 * base])
+    assert prompt_adapter.prompt_penalty(prompts, base).item() == pytest.approx(2)  # (0 + 4) / 2
 
-    with pytest.raises(ValueError, match=r"the span \(K, 4, 32\), not \(3, 5, 32\)"):
-        prompt_adapter.PromptAdapter(32, 4, span=noise(0, 3, 5, 32))
-
-    base, photos = noise(1, 1, 4, 32), torch.stack([photo(i, 48, 48) for i in range(8)])
-    adapter = prompt_adapter.PromptAdapter(32, 4, base=base, span=span)
-    nn.init.normal_(adapter.to_prompts[-1].weight, std=4)
-    change = (adapter(photos) - base).flatten(1)
-    assert change.std(0).mean() > 0.1
-    inside = torch.linalg.lstsq(span.flatten(1).T, change.T).solution.T @ span.flatten(1)
-    torch.testing.assert_close(inside, change, atol=1e-3, rtol=1e-3)
-    prompt_adapter.save_adapter(adapter, tmp_path / "a.safetensors")
-    assert torch.equal(prompt_adapter.load_adapter(tmp_path / "a.safetensors")(photos),
-                       adapter(photos))
+    photos = [(photo(i, 64, 64) * 255).to(torch.uint8) for i in range(4)]
+    penalties = []
+    for weight in (0.0, 10.0):
+        torch.manual_seed(0)
+        adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=base)
+        config = prompt_adapter.AdapterConfig(steps=20, batch=4, lr=1e-2, penalty=weight)
+        prompt_adapter.train_adapter(adapter, sd, prompt_adapter.CropPairs(photos, sd, 64, 4),
+                                     config, log=lambda report: None)
+        prompts = adapter(torch.stack(photos) / 255)
+        penalties.append(prompt_adapter.prompt_penalty(prompts, base).item())
+    assert penalties[1] < penalties[0] / 2
 
 
 def test_a_batch_depends_only_on_seed_and_step(sd):
@@ -591,8 +582,8 @@ def forbid(monkeypatch, module, *names):
 
 def forbid_additions(monkeypatch):
     forbid(monkeypatch, synth, "synthesize_with_additions", "add_anchor", "remaining_contrast")
-    forbid(monkeypatch, d4ir, "residuals", "text_span")
-    forbid(monkeypatch, prompt_adapter, "centering", "weather_weight")
+    forbid(monkeypatch, d4ir, "residuals")
+    forbid(monkeypatch, prompt_adapter, "centering", "weather_weight", "prompt_penalty")
 
 
 def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
@@ -603,17 +594,17 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "paper/config.json").read_text())
     assert config["additions"] == []
     assert not (config["synth"]["anchor"] or config["adapter"]["caption_base"])
-    with pytest.raises(AssertionError, match="text_span"):         # on by default in the demo
+    with pytest.raises(AssertionError, match="centering"):         # on by default in the demo
         d4ir.main([*map(str, command), "--out", str(tmp_path / "default")])
 
 
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
     assert set(off) == {"negative_prompt", "anchor", "adapter_residual", "adapter_weather_weight",
-                        "adapter_caption_base", "adapter_span"}
+                        "adapter_caption_base", "adapter_penalty"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
-    assert set(default) == {"residual", "weather_weight", "caption_base", "span",
+    assert set(default) == {"residual", "weather_weight", "caption_base", "penalty",
                             "negative_prompt", "anchor"}
     assert active("--no-additions") == active("--sd", "elsewhere") == []
     for name, value in off.items():
@@ -1584,7 +1575,7 @@ def test_the_bundled_demo_writes_every_file(demo_run):
     assert config["adapter"]["steps"] == 4 and config["evaluate"]["tile"] == 1024
     assert "torch" in config["versions"] and "anchor" in config["additions"]
     assert "using the bundled demo for: --degraded, --clean, --test, --sd, --teacher" in done.stdout
-    additions = ("residual, weather_weight, caption_base, span, negative_prompt, "
+    additions = ("residual, weather_weight, caption_base, penalty, negative_prompt, "
                  "anchor")
     assert f"additions: {additions}\n" in done.stdout
     assert "Traceback" not in done.stderr
@@ -1878,10 +1869,6 @@ def test_a_new_task_needs_one_entry(own_photos, tmp_path, monkeypatch):
     assert config["synth"]["strength"] == 0.5 and config["adapter"]["lr"] == 2e-4
     assert (tmp_path / "run/demo/desleet/degraded").is_dir()
     assert (tmp_path / "run/metrics.json").exists()
-    assert config["adapter"]["span"] == 0                  # the task has no phrases
-    with pytest.raises(ValueError, match="desleet has no phrases for a span"):
-        d4ir.main(["--task", "desleet", "--out", str(tmp_path / "span"), *TINY,
-                   "--adapter-span", "3"])
 
 
 @cuda

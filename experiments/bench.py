@@ -168,9 +168,8 @@ def random_photos(count, side):
 
 def untrained_adapter(sd, config):
     base = sd.null_prompt(config.tokens)                            # (1,N,d)
-    span = torch.randn(config.span, *base.shape[1:])                # (K,N,d)
     adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base,
-                            residual=config.residual, span=span)
+                            residual=config.residual)
     return adapter.eval().to(sd.device)
 
 

@@ -77,7 +77,8 @@ ROWS = {
                             synth=dict(negative_prompt="")),
     "no-base": ablation("caption base", "--no-adapter-caption-base: prompts start at the null "
                         "prompt and are not centred", dict(caption_base=False)),
-    "no-span": ablation("span", "--adapter-span 0: prompts vary freely", dict(span=0)),
+    "no-penalty": ablation("penalty", "--adapter-penalty 0: prompts vary freely",
+                           dict(penalty=0.0)),
     "no-residual": ablation(
         "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
         dict(residual=False, weather_weight=0.0)),
@@ -94,7 +95,7 @@ ROWS = {
                     reuses=("adapter", "synth")),
 }
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
-                        "no-negative", "no-base", "no-span", "no-residual", "no-weather-weight",
+                        "no-negative", "no-base", "no-penalty", "no-residual", "no-weather-weight",
                         "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "steps": (1, 2, 4, 6, 10, 20), "photos": (8, 32, 128, 512),
