@@ -196,12 +196,15 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. Raises ValueError for an empty
-    loader, a config whose `residual` differs from the adapter's, or losses or weights that are not
-    finite (as with a penalty on the deviation from a base of zeros).
+    loader, a config whose `residual` differs from the adapter's, a penalty with a base of zeros, or
+    losses or weights that are not finite.
     """
     if config.residual != adapter.config["residual"]:
         raise ValueError(f"residual is {config.residual} in the config but "
                          f"{adapter.config['residual']} in the adapter")
+    if config.penalty and not adapter.base.any():
+        raise ValueError("a penalty needs a base that is not zero: pass PromptAdapter the null "
+                         "prompt, or another one")
     device = sd.device
     sd.unet.requires_grad_(False).eval()
     adapter.to(device, memory_format=torch.channels_last).train()
@@ -353,8 +356,8 @@ def prompt_penalty(prompts, base):
     """Addition `penalty`: ||P - base||^2 / ||base||^2, mean over B. prompts: (B,N,d). base:
     (1,N,d), not zero. Returns a scalar.
 
-    Without it, prompts move three times as far from the base as the base is long, and leave the
-    distribution that the U-Net was trained on: the weather is right, the rest of the image is not.
+    Without it, the demo's prompts in rain end 2.6 times as far from the base as the base is long
+    (with it, 0.8 times), and leave the distribution that the U-Net was trained on.
     """
     return (prompts - base).square().sum((1, 2)).mean() / base.square().sum()
 

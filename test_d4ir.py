@@ -264,6 +264,8 @@ def test_adapter_settings_are_checked(sd):
     with pytest.raises(ValueError, match="in the config but"):
         prompt_adapter.train_adapter(prompt_adapter.PromptAdapter(sd.width, 4, residual=True), sd,
                                      [0], prompt_adapter.AdapterConfig())
+    with pytest.raises(ValueError, match="base that is not zero"):
+        prompt_adapter.train_adapter(adapter, sd, [0], prompt_adapter.AdapterConfig(penalty=1.0))
     for settings, message in (({"batch": 1}, "batch"),
                               ({"temperature": 0.0}, "temperature"),
                               ({"weather_weight": 1.0}, "needs residual")):
