@@ -41,7 +41,8 @@ from safetensors import SafetensorError
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
-from distill import Crops, DistillConfig, distill, on_disk, teacher_outputs
+from distill import (Crops, DistillConfig, distill, on_disk, select_best, teacher_gains,
+                     teacher_outputs)
 from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_images, plot_losses,
                       read_image, report, restore as restore_photo, restore_folder, table,
                       write_csv)
@@ -154,10 +155,14 @@ def synth_stage(run):
 
 def distill_stage(run):
     """PKD: trains the student on the teacher's outputs for the synthesized photos."""
-    run.release("sd", "clean", "degraded", "residuals")
+    run.release("sd", "degraded", "residuals")
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
+    if run.distill.select < 1:                              # addition
+        chosen = select_best(gains_of_files(run, files, run.clean), run.distill.select)
+        files = [files[i] for i in chosen]
+    run.release("clean")
     images = on_disk(map(read_image, files), run.out / f"images-{run.rank}.tmp")    # (N,3,H,W)
     crop, targets = run.distill.crop_size(min(images.shape[2:])), None
     if run.distill.keep_teacher:
@@ -232,6 +237,14 @@ def adapter_figure(run, adapter):
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
             "from the base prompt": images(lambda x: adapter.base),
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
+
+
+def gains_of_files(run, files, clean):
+    """Addition `select`: the teacher's gain on each synthesized image (000000.png, ...). clean: the
+    photos that provided the content."""
+    outputs = teacher_outputs(run.teacher, map(read_image, files), run.device, run.dtype, files)
+    crops = (draw_crops(clean, run.size, run.args.seed, [int(file.stem)], 0)[0] for file in files)
+    return teacher_gains(map(read_image, files), outputs, crops)
 
 
 def load_photos(folder, size, run, flag):
@@ -314,7 +327,7 @@ def options(config):
 
 def additions_off():
     """{option: value that switches it off}, for all additions."""
-    return {name: config.ADDITIONS[f.name] for config in (AdapterConfig, SynthConfig)
+    return {name: config.ADDITIONS[f.name] for config in CONFIGS
             for name, f, _ in options(config) if f.name in config.ADDITIONS}
 
 
@@ -495,7 +508,7 @@ class Run:
         """Names of the additions that are switched on."""
         file = self.args.adapter_file
         adapter = [f"those of {file}"] if file else self.adapter.active_additions()
-        return adapter + self.synth.active_additions()
+        return adapter + self.synth.active_additions() + self.distill.active_additions()
 
     def log(self, text):
         if self.is_main:

@@ -6,7 +6,8 @@ symbol   in code            shape, range
 x        x                  (B,3,h,w) in [0,1], random crops of the synthesized photos
 T, S     teacher, student   (B,3,h,w) -> (B,3,h,w); T is clamped to [0,1]
 
-There is no ground truth, and no other loss. L1 is our choice of a pixel-wise loss.
+There is no ground truth, and no other loss. L1 is our choice of a pixel-wise loss. Our addition,
+`select`, chooses the images before the training starts.
 """
 import io
 import math
@@ -32,6 +33,17 @@ class DistillConfig:
     lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
     keep_teacher: bool = True   # compute T(x) once per image and store it; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
+    select: float = 1.0         # addition: share of the images used, those of highest teacher gain
+
+    ADDITIONS = {"select": 1.0}                                 # the value that means "off"
+
+    def __post_init__(self):
+        if not 0 < self.select <= 1:
+            raise ValueError(f"select must be in (0, 1], not {self.select}")
+
+    def active_additions(self):
+        """Names of the additions that are switched on."""
+        return [name for name, off in self.ADDITIONS.items() if getattr(self, name) != off]
 
     def crop_size(self, side):
         """px, side of the crops from images of this side."""
@@ -128,6 +140,28 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
 def learning_rate(progress):
     """Fraction of the peak at progress in [0,1]: 5 % linear warm-up, then cosine to 1 %."""
     return min(1.0, progress / 0.05 + 0.02) * (0.505 + 0.495 * math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------- Additions (ours)
+
+def teacher_gains(images, outputs, clean):
+    """PSNR(T(x), x_c) - PSNR(x, x_c) in dB of each synthesized image x: how well the teacher
+    restores the clean photo x_c that it was made from.
+
+    images: x, (3,H,W) uint8. outputs: T(x), (3,H,W) in [0,1]. clean: x_c, (3,H,W) in [0,1]; three
+    iterables. Returns a list of floats. The gain needs no data beyond D4IR's. It is large where x
+    shows weather that the teacher was trained on, and low for other distortions and for no weather.
+    """
+    mse = lambda a, b: max(1e-10, float((a.float() - b.float()).square().mean()))
+    return [10 * math.log10(mse(x / 255, x_c) / mse(y, x_c))
+            for x, y, x_c in zip(images, outputs, clean)]
+
+
+def select_best(gains, share):
+    """Addition `select`: the numbers of the images with the highest gains, in ascending order.
+    share: in (0,1], of all images; at least one is chosen."""
+    count = max(1, round(share * len(gains)))
+    return sorted(np.argsort(gains, kind="stable")[-count:].tolist())
 
 
 # ---------------------------------------------------------------- batches and files

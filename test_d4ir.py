@@ -590,6 +590,7 @@ def forbid_additions(monkeypatch):
 
 def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
     forbid_additions(monkeypatch)
+    forbid(monkeypatch, d4ir, "teacher_gains", "select_best")
     command = ["--task", "desnow", "--degraded", folders / "bad", "--clean", folders / "good",
                "--test", folders / "test", "--student-width", "4", *TINY]
     d4ir.main([*map(str, command), "--no-additions", "--out", str(tmp_path / "paper")])
@@ -603,16 +604,16 @@ def test_no_addition_runs_with_no_additions(folders, tmp_path, monkeypatch):
 def test_every_addition_has_a_switch_and_is_listed(monkeypatch, capsys):
     off = d4ir.additions_off()
     assert set(off) == {"negative_prompt", "anchor", "adapter_residual", "adapter_weather_weight",
-                        "adapter_caption_base", "adapter_penalty"}
+                        "adapter_caption_base", "adapter_penalty", "distill_select"}
     active = lambda *flags: d4ir.Run(d4ir.parse(["--task", "desnow", *flags])).additions()
     default = active()
     assert set(default) == {"residual", "weather_weight", "caption_base", "penalty",
-                            "negative_prompt", "anchor"}
+                            "negative_prompt", "anchor", "select"}
     assert active("--no-additions") == active("--sd", "elsewhere") == []
     for name, value in off.items():
         flag = d4ir.to_flag(name)
         switch = [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
-        gone = {name.removeprefix("adapter_")}
+        gone = {name.removeprefix("adapter_").removeprefix("distill_")}
         if name == "adapter_residual":                     # the weight is computed from it
             with pytest.raises(ValueError, match="weather_weight needs residual"):
                 active(*switch)
@@ -635,6 +636,48 @@ def test_the_anchor_restores_detail_and_fades_with_the_contrast(sd):
     plain = noise(1, 2, 3, 40, 48).sigmoid()
     a = synth.remaining_contrast(0.4 * plain + 0.5, plain)         # haze of transmission 0.4
     assert a.shape == (2, 1, 40, 48) and torch.allclose(a, torch.tensor(0.4), atol=0.02)
+
+
+def test_teacher_gains_and_selection():
+    halve = lambda image: image / 255 / 2
+    clean = [torch.full((3, 16, 16), value / 255) for value in (80.0, 80.0, 100.0)]
+    images = [torch.full((3, 16, 16), value, dtype=torch.uint8) for value in (120, 100, 100)]
+    gains = distill.teacher_gains(images, map(halve, images), clean)
+    assert gains[0] == pytest.approx(20 * math.log10(40 / 20), abs=1e-4)
+    assert gains[1] == pytest.approx(20 * math.log10(20 / 30), abs=1e-4)
+    assert -100 < gains[2] < -70                                    # x is x_c: finite
+    assert distill.select_best([1.0, -2.0, 5.0, 4.0, 0.0], 0.6) == [0, 2, 3]
+    assert distill.select_best([1.0, 2.0], 0.01) == [1]
+    assert distill.select_best([0.0, 0.0, 0.0], 1.0) == [0, 1, 2]
+    for share in (0, 1.1):
+        with pytest.raises(ValueError, match="select must be in"):
+            distill.DistillConfig(select=share)
+
+
+def test_the_student_is_trained_on_the_selected_images(folders, tmp_path, monkeypatch):
+    used, crops = [], d4ir.Crops
+    monkeypatch.setattr(d4ir, "Crops", lambda images, *rest: used.append(images.clone())
+                        or crops(images, *rest))
+    monkeypatch.setattr(d4ir, "teacher_gains", lambda images, outputs, clean: [
+        float(len(list(zip(images, outputs, clean)))), 9.0, 8.0, -1.0])
+    command = ["--task", "desnow", "--degraded", folders / "bad", "--clean", folders / "good",
+               "--test", folders / "test", "--student-width", "4", *TINY, "--images", "4",
+               "--distill-select", "0.5", "--no-adapter-residual", "--adapter-weather-weight", "0",
+               "--stage", "adapter", "synth", "distill", "--out", tmp_path]
+    d4ir.main(list(map(str, command)))
+    chosen = [evaluate.read_image(tmp_path / f"synth/{i:06d}.png") for i in (1, 2)]
+    assert torch.equal(used[0], torch.stack(chosen))
+
+
+def test_the_gain_is_that_of_the_clean_photo_below_the_image(folders, tmp_path):
+    """A synthesized image that equals its own clean photo has the gain of no error at all."""
+    run = d4ir.Run(d4ir.parse(["--task", "desnow", "--seed", "3"]))
+    clean = d4ir.load_photos(folders / "good", run.size, run, "--clean")
+    crops = synth.draw_crops(clean, run.size, 3, range(4), 0)
+    files = [tmp_path / f"{i:06d}.png" for i in (3, 1)]
+    for file in files:
+        synth.write_png((crops[int(file.stem)] * 255).round().to(torch.uint8), file)
+    assert max(d4ir.gains_of_files(run, files, clean)) < -30
 
 
 def test_the_negative_prompt_matters(sd):
@@ -2370,15 +2413,6 @@ def test_original_photos_of_an_unknown_teacher(tmp_path):
                           distill=distill.DistillConfig())
     with pytest.raises(ValueError, match="training photos of this teacher are unknown"):
         compare.Bench(run, None).photos("original", 64)
-
-
-def test_teacher_gain():
-    teacher = nn.Conv2d(3, 3, 1, groups=3, bias=False)
-    nn.init.constant_(teacher.weight, 0.5)
-    run = SimpleNamespace(teacher=teacher, args=SimpleNamespace(seed=0))
-    clean = [torch.full((3, 16, 16), 80, dtype=torch.uint8)]
-    image = torch.full((3, 16, 16), 120, dtype=torch.uint8)         # errors of 40, restored 20
-    assert compare.teacher_gain(run, clean, [image]) == pytest.approx(20 * math.log10(2), abs=1e-4)
 
 
 def test_compare_reports_every_test_set(tmp_path):

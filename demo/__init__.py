@@ -13,4 +13,4 @@ SETTINGS = dict(strength=0.95, steps=6, guidance=3.5, images=256, anchor=True,
                 negative_prompt="a photo in clear weather", adapter_steps=400, adapter_batch=32,
                 adapter_crop=64, adapter_lr=2e-3, adapter_residual=True,
                 adapter_weather_weight=10.0, adapter_caption_base=True,
-                adapter_penalty=1e-3, distill_steps=3000)
+                adapter_penalty=1e-3, distill_steps=3000, distill_select=0.5)

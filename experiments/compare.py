@@ -24,14 +24,13 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
-from distill import Crops, distill, teacher_outputs
-from evaluate import (DEFINITIONS, METRICS, evaluate, group_by_set, means, psnr, read_image,
-                      restore)
+from distill import Crops, DistillConfig, distill, select_best, teacher_outputs
+from evaluate import DEFINITIONS, METRICS, evaluate, group_by_set, means, read_image
 from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
 from models import save_restorer
 from prompt_adapter import AdapterConfig, load_adapter
-from synth import SynthConfig, draw_crops, synthesize_folder
+from synth import SynthConfig, synthesize_folder
 
 
 # ---------------------------------------------------------------- the rows
@@ -45,12 +44,13 @@ class Row:
     images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
+    distill: dict = field(default_factory=dict)
     reuses: tuple = ()                  # what is taken from D4IR: its adapter, its images ("synth")
 
 
-def ablation(part, note, adapter={}, synth={}):
+def ablation(part, note, adapter={}, synth={}, distill={}):
     """D4IR with other settings; its own adapter is reused where those are the same."""
-    return Row(f"D4IR without {part}", note, adapter=adapter, synth=synth,
+    return Row(f"D4IR without {part}", note, adapter=adapter, synth=synth, distill=distill,
                reuses=() if adapter else ("adapter",))
 
 
@@ -68,10 +68,11 @@ ROWS = {
                     lambda bench: bench.synthesize("sd-plain", bench.captions(plain=True))),
     "sd-text-no-additions": Row(
         "captions without additions", "{captions} in place of the adapter's prompts; no additions",
-        lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(),
+        lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(), select=1,
                                        **SynthConfig.ADDITIONS)),
     "no-additions": ablation("additions (the paper's method)", "--no-additions",
-                             AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS),
+                             AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS,
+                             DistillConfig.ADDITIONS),
     "no-anchor": ablation("anchor", "--no-anchor", synth=dict(anchor=False)),
     "no-negative": ablation("negative prompt", "--negative-prompt ''",
                             synth=dict(negative_prompt="")),
@@ -84,6 +85,8 @@ ROWS = {
         dict(residual=False, weather_weight=0.0)),
     "no-weather-weight": ablation("weather weight", "--adapter-weather-weight 0",
                                   dict(weather_weight=0.0)),
+    "no-selection": ablation("selection", "--distill-select 1: all images",
+                             distill=dict(select=1.0)),
     "no-contrast": ablation("contrastive loss", "--adapter-contrast 0", dict(contrast=0.0)),
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
@@ -96,7 +99,7 @@ ROWS = {
 }
 GROUPS = {"additions": ("original", "sd-text", "sd-text-no-additions", "no-additions", "no-anchor",
                         "no-negative", "no-base", "no-penalty", "no-residual", "no-weather-weight",
-                        "no-content", "d4ir")}
+                        "no-selection", "no-content", "d4ir")}
 SWEEPS = {"strength": (0.2, 0.4, 0.6, 0.8, 0.95), "guidance": (1.0, 2.0, 4.0, 8.0),
           "steps": (1, 2, 4, 6, 10, 20), "photos": (8, 32, 128, 512),
           "images": (32, 64, 128, 256, 512, 1024)}
@@ -179,8 +182,9 @@ class Bench:
         captions = task.plain_captions() if plain else task.captions
         return Captions(self.run.sd, captions, self.run.adapter.tokens)
 
-    def synthesize(self, name, adapter, clean=None, degraded=None, **settings):
-        """A row's synthesized images, (3,H,W) uint8. adapter: degraded photos to prompts."""
+    def synthesize(self, name, adapter, clean=None, degraded=None, select=None, **settings):
+        """A row's synthesized images, (3,H,W) uint8: those selected by the teacher's gain.
+        adapter: degraded photos to prompts. select: in place of --distill-select."""
         run = self.variant(name, synth=settings)
         clean = clean or self.photos("clean", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
@@ -189,10 +193,11 @@ class Bench:
                 self.load_photos(run, degraded, adapter.config["residual"])
                 synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
                                   run.out / "synth", seed=run.args.seed)
-        images = [read_image(file) for file in files]
-        if not read_gain(run.out):
-            d4ir.write_text(run.out / "gain.json", json.dumps(teacher_gain(run, clean, images)))
-        return images
+        gains = d4ir.gains_of_files(run, files, clean)
+        chosen = select_best(gains, run.distill.select if select is None else select)
+        gain = statistics.fmean(gains[i] for i in chosen)
+        d4ir.write_text(run.out / "gain.json", json.dumps(gain))
+        return [read_image(files[i]) for i in chosen]
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, trained alongside the student."""
@@ -203,13 +208,13 @@ class Bench:
             return row.images(self)
         own = dict(synth=row.synth, **row.adapter) if row.adapter else {}
         adapter = self.adapter(name if row.adapter else "d4ir", **own)
-        return self.synthesize(name, adapter, **row.synth)
+        return self.synthesize(name, adapter, **row.synth, **row.distill)
 
     def is_no_op(self, name):
         """True for an ablation of what the task does not use."""
         row, run = ROWS[name], self.run
-        settings = asdict(run.adapter) | asdict(run.synth)
-        changes = row.adapter | row.synth
+        settings = asdict(run.distill) | asdict(run.adapter) | asdict(run.synth)
+        changes = row.adapter | row.synth | row.distill
         return bool(changes) and all(settings[key] == value for key, value in changes.items())
 
     def is_finished(self, name, seeds):
@@ -253,21 +258,6 @@ class Bench:
         distill(run.teacher, student, loader, run.distill, **options,
                 checkpoint=run.out / f"student-{seed}.pt")
         return student, images
-
-
-@torch.no_grad()
-def teacher_gain(run, clean, images):
-    """PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over synthesized images x: how well the
-    teacher restores the clean photos x_c that they were made from.
-
-    It needs no data beyond D4IR's, and is large where x shows weather that the teacher was trained
-    on: settings can be tuned with it, without a test set.
-    """
-    gains = []
-    for i, image in enumerate(images):
-        x, x_c = image / 255, draw_crops(clean, image.shape[-1], run.args.seed, [i], 0)[0]
-        gains.append(psnr(restore(run.teacher, x), x_c) - psnr(x, x_c))
-    return statistics.fmean(gains)
 
 
 @contextmanager
@@ -389,7 +379,7 @@ def sweep(bench, what, seeds):
     return values
 
 
-GAIN = "- gain: PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over the synthesized images"
+GAIN = "- gain: PSNR(T(x), x_c) - PSNR(x, x_c) in dB, the mean over the images that are used"
 
 
 def markdown(result):
