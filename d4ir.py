@@ -77,10 +77,10 @@ class Task:
 TASKS = {
     "derain": Task(("a photo in heavy rain",), ("rain",)),
     "dehaze": Task(("a photo in heavy haze",), ("haze",),
-                   dict(guidance=8.0, anchor=False, negative_prompt="")),
+                   dict(guidance=8.0, anchor=False, negative_prompt="", distill_select=1.0)),
     "desnow": Task(("a photo in heavy snow",), ("snow",)),
     "all": Task(("a photo in heavy rain", "a photo in heavy haze", "a photo in heavy snow"),
-                ("haze", "rain", "snow"), dict(distill_steps=4500)),
+                ("haze", "rain", "snow"), dict(distill_steps=4500, distill_select=1.0)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Files of each stage in the run folder; the first one exists once the stage is finished (evaluate:

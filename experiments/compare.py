@@ -363,9 +363,6 @@ def sweep(bench, what, seeds):
             images["web-degraded"] = lambda: photos
         elif value == default:
             images["d4ir"] = lambda: bench.images("d4ir")
-        elif what == "images":
-            images["d4ir"] = lambda: bench.synthesize("images", bench.adapter("d4ir"),
-                                                      images=max(SWEEPS[what]))[:value]
         else:
             images["d4ir"] = lambda: bench.synthesize("d4ir" + suffix, bench.adapter("d4ir"),
                                                       **{what: value})
