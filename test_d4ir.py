@@ -257,6 +257,23 @@ def test_adapter_training_learns_resumes_and_leaves_the_unet_unchanged(sd, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(before, sd.unet.parameters()))
 
 
+def test_trained_prompts_keep_the_base_as_their_mean(sd):
+    """In eval mode, with statistics that differ much between batches."""
+    photos = [(128 + 120 * noise(i, 3, 80, 96) / 4 ** (i % 4)).clamp(0, 255).to(torch.uint8)
+              for i in range(16)]
+    config = prompt_adapter.AdapterConfig(steps=12, batch=4, lr=5e-3, **ADDITIONS_ON)
+    adapter = prompt_adapter.PromptAdapter(sd.width, 4, base=sd.null_prompt(4), centered=True,
+                                           residual=True)
+    loader = prompt_adapter.CropPairs(photos, sd, 64, 4)
+    prompt_adapter.train_adapter(adapter, sd, loader, config, log=lambda report: None)
+    assert not any(module.training for module in adapter.modules())
+    crops = torch.cat([loader.batch_at(step)[1] for step in range(100, 132)]) / 255
+    with torch.no_grad():
+        change = adapter(crops) - adapter.base                     # (128,4,d)
+    spread = (change - change.mean(0)).square().sum((1, 2)).mean().sqrt()
+    assert spread > 0 and change.mean(0).norm() < 0.2 * spread
+
+
 def test_adapter_settings_are_checked(sd):
     adapter = prompt_adapter.PromptAdapter(sd.width, 4)
     with pytest.raises(ValueError, match="empty"):

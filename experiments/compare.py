@@ -40,7 +40,7 @@ class Row:
     """One source of training images. To add a baseline that is a list of images, add one entry to
     ROWS."""
     title: str
-    note: str                           # may hold {captions}, {plain} and SynthConfig's fields
+    note: str                           # may hold {captions}, {plain}, fields of the configs
     images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
@@ -91,7 +91,8 @@ ROWS = {
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
                                                      clean=[bench.grey()]), reuses=("adapter",)),
-    "d4ir": Row("D4IR", "strength {strength:g}, guidance {guidance:g}, {images} images",
+    "d4ir": Row("D4IR", "strength {strength:g}, guidance {guidance:g}, {images} images, of "
+                "which the best {select:.0%}",
                 lambda bench: bench.synthesize("d4ir", bench.adapter("d4ir"))),
     "d4ir+web": Row("D4IR images and web photos in bad weather", "both lists",
                     lambda bench: (bench.images("d4ir") + bench.images("web-degraded")),
@@ -334,7 +335,8 @@ def compare(bench, names, seeds):
         task = d4ir.TASKS[run.args.task]
         quoted = {"captions": task.captions, "plain": task.plain_captions()}
         quoted = {key: ", ".join(map(repr, texts)) for key, texts in quoted.items()}
-        stats |= {"minutes": total / 60, "note": row.note.format(**quoted, **asdict(run.synth))}
+        stats |= {"minutes": total / 60, "note": row.note.format(
+            **quoted, **asdict(run.distill) | asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats | read_gain(run.out / name))
