@@ -1638,7 +1638,7 @@ def test_the_bundled_demo_writes_every_file(demo_run):
     assert "torch" in config["versions"] and "anchor" in config["additions"]
     assert "using the bundled demo for: --degraded, --clean, --test, --sd, --teacher" in done.stdout
     additions = ("residual, weather_weight, caption_base, penalty, negative_prompt, "
-                 "anchor")
+                 "anchor, select")
     assert f"additions: {additions}\n" in done.stdout
     assert "Traceback" not in done.stderr
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
