@@ -49,7 +49,7 @@ from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_imag
 from models import (Restorer, export_restorer, first_line, has_bf16, load_restorer,
                     load_stable_diffusion, save_restorer)
 from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, residuals,
-                            save_adapter, train_adapter)
+                            save_adapter, train_adapter, update_norms)
 from synth import SynthConfig, choose_timesteps, draw_crops, synthesize_folder, synthesize_photos
 
 try:
@@ -130,6 +130,8 @@ def adapter_stage(run):
                            inputs=run.adapter_inputs(adapter))
         train_adapter(adapter, sd, loader, config, seed=seed, checkpoint=run.out / "adapter.pt",
                       log=run.log_losses)
+        if config.residual or config.caption_base:          # additions
+            update_norms(adapter, loader, config.steps)
     if run.is_main:
         adapter_figure(run, adapter)
         save_adapter(adapter, run.out / "adapter.safetensors")

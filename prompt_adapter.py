@@ -193,7 +193,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
       and the loader.
     seed: of t and noise. With several processes, each needs a seed and batches of its own; the
       negatives are the keys of all, and crops of equal photo numbers are not negatives. Batch norms
-      (additions residual and caption_base) are per process.
+      (additions residual and caption_base) are per process; call `update_norms` after training.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. Raises ValueError for an empty
@@ -286,7 +286,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
             state = {name: part.state_dict() for name, part in parts.items()}
             save_state(state | dict(step=step + 1), checkpoint)
     bar.close()
-    update_norms(adapter, (batch[1:3] for batch in batches_from(loader, config.steps)))  # additions
     adapter.eval()
     return report
 
@@ -355,22 +354,22 @@ def weather_weight(residual, z_0, strength):
 
 
 @torch.no_grad()
-def update_norms(adapter, crops, batches=32):
-    """Additions residual and caption_base: replaces the running statistics of the batch norms, one
-    norm after the other, by means over `batches` batches.
+def update_norms(adapter, loader, step, batches=32):
+    """Additions residual and caption_base: to be called after `train_adapter`. Replaces the running
+    statistics of the batch norms, one norm after the other, by means over batches.
 
     Running statistics lag behind the weights, and the second norm's were measured behind a first
     one that used those of the batch. With them, the mean of trained prompts was off the base by 0.2
     to 2 times the base's length; with these, by 0.1.
-    crops: endless pairs (a, b), (B,3,H,W) uint8 or float in [0,1].
+    loader: as for `train_adapter`; its batches from update `step` on are used.
     """
     adapter.eval()
-    device = adapter.base.device
+    device, crops = adapter.base.device, batches_from(loader, step)
     for norm in (m for m in adapter.modules() if isinstance(m, nn.BatchNorm1d)):
         norm.reset_running_stats()
         momentum, norm.momentum = norm.momentum, None               # a plain mean over batches
         norm.train()
-        for a, b in itertools.islice(crops, batches):
+        for _, a, b, _ in itertools.islice(crops, batches):
             adapter(torch.cat([to_device(a, device), to_device(b, device)]))
         norm.eval()
         norm.momentum = momentum

@@ -266,6 +266,7 @@ def test_trained_prompts_keep_the_base_as_their_mean(sd):
                                            residual=True)
     loader = prompt_adapter.CropPairs(photos, sd, 64, 4)
     prompt_adapter.train_adapter(adapter, sd, loader, config, log=lambda report: None)
+    prompt_adapter.update_norms(adapter, loader, config.steps)
     assert not any(module.training for module in adapter.modules())
     crops = torch.cat([loader.batch_at(step)[1] for step in range(100, 132)]) / 255
     with torch.no_grad():
@@ -601,7 +602,7 @@ def forbid(monkeypatch, module, *names):
 
 def forbid_additions(monkeypatch):
     forbid(monkeypatch, synth, "synthesize_with_additions", "add_anchor", "remaining_contrast")
-    forbid(monkeypatch, d4ir, "residuals")
+    forbid(monkeypatch, d4ir, "residuals", "update_norms")
     forbid(monkeypatch, prompt_adapter, "centering", "weather_weight", "prompt_penalty")
 
 

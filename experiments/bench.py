@@ -349,7 +349,7 @@ USUAL = dict(images=200, size=96, batch=16)
 
 def growth(arguments):
     """Time and peak memory of two stages, with one of images, size and batch changed at a time.
-    Distillation includes reading the images and computing the teacher's outputs."""
+    Distillation includes reading and selecting images and computing the teacher's outputs."""
     cells = [USUAL] + [USUAL | {name: value} for name, values in GROWTH.items()
                        for value in values if value != USUAL[name]]
     return [dict(stage=stage) | cell | (in_fresh_process(run_stage, stage, arguments, **cell) or {})
@@ -362,8 +362,8 @@ def run_stage(stage, arguments, images, size, batch):
         run = make_run(["--distill-steps", 100, *arguments, "--out", folder, "--images", images,
                         "--size", size, "--batch", batch, "--distill-batch", batch])
         result = {}
+        run.clean = run.degraded = random_photos(16, 2 * size)
         if stage == "synth":
-            run.clean = run.degraded = random_photos(16, 2 * size)
             save_adapter(untrained_adapter(run.sd, run.adapter), run.out / "adapter.safetensors")
         else:
             result["steps"] = run.distill.steps
