@@ -161,15 +161,14 @@ def distill_stage(run):
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
-    if run.distill.select < 1:                              # addition
-        chosen = select_best(gains_of_files(run, files, run.clean), run.distill.select)
-        files = [files[i] for i in chosen]
-    run.release("clean")
     images = on_disk(map(read_image, files), run.out / f"images-{run.rank}.tmp")    # (N,3,H,W)
     crop, targets = run.distill.crop_size(min(images.shape[2:])), None
     if run.distill.keep_teacher:
         targets = on_disk(teacher_outputs(run.teacher, images, run.device, run.dtype, files),
                           run.out / f"outputs-{run.rank}.tmp")
+    if run.distill.select < 1:                              # addition
+        images, targets = select_images(run, files, images, targets)
+    run.release("clean")
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
     student = run.new_student(crop)
@@ -241,12 +240,22 @@ def adapter_figure(run, adapter):
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
 
 
-def gains_of_files(run, files, clean):
-    """Addition `select`: the teacher's gain on each synthesized image (000000.png, ...). clean: the
-    photos that provided the content."""
-    outputs = teacher_outputs(run.teacher, map(read_image, files), run.device, run.dtype, files)
-    crops = (draw_crops(clean, run.size, run.args.seed, [int(file.stem)], 0)[0] for file in files)
-    return teacher_gains(map(read_image, files), outputs, crops)
+def select_images(run, files, images, targets):
+    """Addition `select`: the images with the highest gains, and their targets if there are any."""
+    outputs = targets
+    if targets is None:
+        outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
+    gains = teacher_gains(images, outputs, clean_crops(run, files, run.clean))
+    chosen = select_best(gains, run.distill.select)
+    if targets is not None:
+        targets = [targets[i] for i in chosen]
+    return [images[i] for i in chosen], targets
+
+
+def clean_crops(run, files, clean):
+    """The clean crops (3,H,W) in [0,1] that the synthesized images (000000.png, ...) were made
+    from. clean: the photos that provided the content."""
+    return (draw_crops(clean, run.size, run.args.seed, [int(file.stem)], 0)[0] for file in files)
 
 
 def load_photos(folder, size, run, flag):

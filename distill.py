@@ -158,7 +158,7 @@ def teacher_gains(images, outputs, clean):
 
 
 def select_best(gains, share):
-    """Addition `select`: the numbers of the images with the highest gains, in ascending order.
+    """Addition `select`: indices of the images with the highest gains, in ascending order.
     share: in (0,1], of all images; at least one is chosen."""
     count = max(1, round(share * len(gains)))
     return sorted(np.argsort(gains, kind="stable")[-count:].tolist())

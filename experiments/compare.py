@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import center_crop, to_pil_image
 
 import d4ir
-from distill import Crops, DistillConfig, distill, select_best, teacher_outputs
+from distill import (Crops, DistillConfig, distill, select_best, teacher_gains,
+                     teacher_outputs)
 from evaluate import DEFINITIONS, METRICS, evaluate, group_by_set, means, read_image
 from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
@@ -40,7 +41,7 @@ class Row:
     """One source of training images. To add a baseline that is a list of images, add one entry to
     ROWS."""
     title: str
-    note: str                           # may hold {captions}, {plain}, fields of the configs
+    note: str                           # {captions}, {plain}, {select}, SynthConfig's fields
     images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
@@ -68,8 +69,8 @@ ROWS = {
                     lambda bench: bench.synthesize("sd-plain", bench.captions(plain=True))),
     "sd-text-no-additions": Row(
         "captions without additions", "{captions} in place of the adapter's prompts; no additions",
-        lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(), select=1,
-                                       **SynthConfig.ADDITIONS)),
+        lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(),
+                                       distill=DistillConfig.ADDITIONS, **SynthConfig.ADDITIONS)),
     "no-additions": ablation("additions (the paper's method)", "--no-additions",
                              AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS,
                              DistillConfig.ADDITIONS),
@@ -149,11 +150,12 @@ class Bench:
     def grey(self):
         return torch.full((3, self.run.size, self.run.size), 128, dtype=torch.uint8)
 
-    def variant(self, name, adapter={}, synth={}):
+    def variant(self, name, adapter={}, synth={}, distill={}):
         """The run in a row's folder, with the row's settings."""
         run = copy.copy(self.run)
         run.out = self.run.out / name
         run.adapter, run.synth = replace(run.adapter, **adapter), replace(run.synth, **synth)
+        run.distill = replace(run.distill, **distill)
         run.out.mkdir(parents=True, exist_ok=True)
         return run
 
@@ -183,10 +185,10 @@ class Bench:
         captions = task.plain_captions() if plain else task.captions
         return Captions(self.run.sd, captions, self.run.adapter.tokens)
 
-    def synthesize(self, name, adapter, clean=None, degraded=None, select=None, **settings):
+    def synthesize(self, name, adapter, clean=None, degraded=None, distill={}, **settings):
         """A row's synthesized images, (3,H,W) uint8: those selected by the teacher's gain.
-        adapter: degraded photos to prompts. select: in place of --distill-select."""
-        run = self.variant(name, synth=settings)
+        adapter: degraded photos to prompts. settings: of SynthConfig; distill: of DistillConfig."""
+        run = self.variant(name, synth=settings, distill=distill)
         clean = clean or self.photos("clean", run.size)
         files = [run.out / "synth" / f"{i:06d}.png" for i in range(run.synth.images)]
         if not all(file.exists() for file in files):
@@ -194,11 +196,16 @@ class Bench:
                 self.load_photos(run, degraded, adapter.config["residual"])
                 synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
                                   run.out / "synth", seed=run.args.seed)
-        gains = d4ir.gains_of_files(run, files, clean)
-        chosen = select_best(gains, run.distill.select if select is None else select)
+        images, file = [read_image(path) for path in files], run.out / "gains.json"
+        if not file.exists():
+            outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
+            gains = teacher_gains(images, outputs, d4ir.clean_crops(run, files, clean))
+            d4ir.write_text(file, json.dumps(gains))
+        gains = json.loads(file.read_text(encoding="utf-8"))
+        chosen = select_best(gains, run.distill.select)
         gain = statistics.fmean(gains[i] for i in chosen)
         d4ir.write_text(run.out / "gain.json", json.dumps(gain))
-        return [read_image(files[i]) for i in chosen]
+        return [images[i] for i in chosen]
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, trained alongside the student."""
@@ -209,14 +216,15 @@ class Bench:
             return row.images(self)
         own = dict(synth=row.synth, **row.adapter) if row.adapter else {}
         adapter = self.adapter(name if row.adapter else "d4ir", **own)
-        return self.synthesize(name, adapter, **row.synth, **row.distill)
+        return self.synthesize(name, adapter, distill=row.distill, **row.synth)
 
     def is_no_op(self, name):
         """True for an ablation of what the task does not use."""
         row, run = ROWS[name], self.run
-        settings = asdict(run.distill) | asdict(run.adapter) | asdict(run.synth)
-        changes = row.adapter | row.synth | row.distill
-        return bool(changes) and all(settings[key] == value for key, value in changes.items())
+        changes = [(getattr(config, key), value) for config, settings in
+                   ((run.adapter, row.adapter), (run.synth, row.synth), (run.distill, row.distill))
+                   for key, value in settings.items()]
+        return bool(changes) and all(old == new for old, new in changes)
 
     def is_finished(self, name, seeds):
         first = self.run.args.seed
@@ -336,7 +344,7 @@ def compare(bench, names, seeds):
         quoted = {"captions": task.captions, "plain": task.plain_captions()}
         quoted = {key: ", ".join(map(repr, texts)) for key, texts in quoted.items()}
         stats |= {"minutes": total / 60, "note": row.note.format(
-            **quoted, **asdict(run.distill) | asdict(run.synth))}
+            **quoted, select=run.distill.select, **asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats | read_gain(run.out / name))
