@@ -27,15 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import diffusers
 import huggingface_hub
-import numpy
-import PIL
 import torch
 import torch.distributed as dist
-import torchvision
 import transformers
 from safetensors import SafetensorError
 from torchvision.transforms.functional import center_crop, resize
@@ -123,7 +121,10 @@ def adapter_stage(run):
         adapter = load_adapter(run.args.adapter_file, run.device)
     else:
         torch.manual_seed(run.args.seed)
-        base = base_prompt(run)
+        base = sd.null_prompt(config.tokens)                # (1,N,d)
+        if config.caption_base:                             # addition
+            captions = TASKS[run.args.task].plain_captions()
+            base = sd.text_prompt(captions, config.tokens).mean(0, keepdim=True)
         adapter = PromptAdapter(sd.width, base.shape[1], base=base, centered=config.caption_base,
                                 residual=config.residual)
         loader = CropPairs(run.degraded, sd, config.crop or run.size, config.batch, seed,
@@ -161,13 +162,16 @@ def distill_stage(run):
     files = list_images(run.out / "synth")[run.rank::run.ranks]
     if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
-    images = on_disk(map(read_image, files), run.out / f"images-{run.rank}.tmp")    # (N,3,H,W)
-    crop, targets = run.distill.crop_size(min(images.shape[2:])), None
+    images, targets = on_disk(map(read_image, files), run.out), None                # (N,3,H,W)
+    crop = run.distill.crop_size(min(images.shape[2:]))
+    outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)    # a generator
     if run.distill.keep_teacher:
-        targets = on_disk(teacher_outputs(run.teacher, images, run.device, run.dtype, files),
-                          run.out / f"outputs-{run.rank}.tmp")
+        outputs = targets = on_disk(outputs, run.out)                               # (N,3,H,W)
     if run.distill.select < 1:                              # addition
-        images, targets = select_images(run, files, images, targets)
+        gains = teacher_gains(images, outputs, clean_crops(run, files, run.clean))
+        chosen = select_best(gains, run.distill.select)
+        images = [images[i] for i in chosen]
+        targets = targets if targets is None else [targets[i] for i in chosen]
     run.release("clean")
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
@@ -178,9 +182,6 @@ def distill_stage(run):
         plot_losses(run.out / "log.jsonl", run.out / "losses.png")
         save_restorer(student, run.out / "student.safetensors")
         (run.out / "student.pt").unlink(missing_ok=True)
-    del images, targets, loader                             # Windows cannot delete mapped files
-    for file in run.out.glob(f"*-{run.rank}.tmp"):
-        file.unlink()
     run.barrier()
 
 
@@ -216,13 +217,6 @@ STAGES = {"adapter": adapter_stage, "synth": synth_stage, "distill": distill_sta
 
 # ---------------------------------------------------------------- what the stages need
 
-def base_prompt(run):
-    """The prompt (1,N,d) of an untrained adapter: the null prompt or, with addition caption_base,
-    the mean of the plain captions."""
-    texts = TASKS[run.args.task].plain_captions() if run.adapter.caption_base else [""]
-    return run.sd.text_prompt(texts, run.adapter.tokens).mean(0, keepdim=True)
-
-
 def adapter_figure(run, adapter):
     """adapter.png: the same clean photo and noise, denoised with the base prompt and with the
     prompts of several degraded photos."""
@@ -238,18 +232,6 @@ def adapter_figure(run, adapter):
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
             "from the base prompt": images(lambda x: adapter.base),
             "from the learned prompt": images(adapter)}, run.out / "adapter.png")
-
-
-def select_images(run, files, images, targets):
-    """Addition `select`: the images with the highest gains, and their targets if there are any."""
-    outputs = targets
-    if targets is None:
-        outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
-    gains = teacher_gains(images, outputs, clean_crops(run, files, run.clean))
-    chosen = select_best(gains, run.distill.select)
-    if targets is not None:
-        targets = [targets[i] for i in chosen]
-    return [images[i] for i in chosen], targets
 
 
 def clean_crops(run, files, clean):
@@ -285,9 +267,8 @@ def load_photos(folder, size, run, flag):
 
 
 def fit_photo(photo, longest, crop):
-    """Downscales a photo (3,H,W) so that its longer side is at most `longest` px, but its shorter
-    side not below `crop` px; smaller photos are upscaled to that. A narrow strip, whose longer side
-    would then exceed `longest`, is centre-cropped."""
+    """Resizes a photo (3,H,W): its longer side is at most `longest` px, its shorter side at least
+    `crop` px, by upscaling if needed. A strip too narrow for both is centre-cropped first."""
     height, width = photo.shape[1:]
     scale = max(min(1, longest / max(height, width)), crop / min(height, width))
     limit = math.ceil(longest / scale)
@@ -641,10 +622,10 @@ def check_diffusion(run):
             raise ValueError(f"{flag} must be a multiple of {8 * sd.factor} px, not {side}")
     if args.photo_size < size:
         raise ValueError(f"--photo-size {args.photo_size} is smaller than the images ({size} px)")
-    for flag in ("adapter_crop", "distill_crop"):
-        if getattr(args, flag) > size:
-            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)} is larger than the images "
-                             f"({size} px)")
+    for flag, side in (("--adapter-crop", args.adapter_crop),
+                       ("--distill-crop", args.distill_crop)):
+        if side > size:
+            raise ValueError(f"{flag} {side} is larger than the images ({size} px)")
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
@@ -694,9 +675,9 @@ def check_run_folder(run):
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        versions = {module.__name__: module.__version__ for module in
-                    (torch, torchvision, diffusers, transformers, numpy, PIL)}
-        versions["python"] = platform.python_version()
+        versions = {name: version(name) for name in
+                    ("torchvision", "diffusers", "transformers", "numpy", "pillow")}
+        versions |= {"torch": torch.__version__, "python": platform.python_version()}
         write_text(run.out / "config.json", json.dumps(settings | dict(
             additions=run.additions(), versions=versions, device=str(run.device),
             processes=run.ranks), indent=2))
@@ -718,22 +699,18 @@ def read_settings(run):
 
 
 def lock_folder(folder):
-    """Locks the run folder and deletes the temporary files of a killed process. The lock is held
-    until the returned file is closed or this process exits. Raises ValueError if another process
-    holds it."""
+    """Locks the run folder until the returned file is closed or this process exits. Raises
+    ValueError if another process holds the lock."""
     file = open(folder / "lock", "a+", encoding="utf-8")
-    file.seek(0)
-    last = file.read()                                      # the last process that used the folder
     try:
         if fcntl:                                           # forked workers do not inherit the lock
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or choose "
-                         "another --out") from None
+        file.seek(0)
+        raise ValueError(f"{folder} is in use by process {file.read()}: wait until it ends, or "
+                         "choose another --out") from None
     except OSError:                                         # a file system without locks
         pass
-    for path in folder.rglob("*.tmp") if last else ():
-        path.unlink()
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}")
     file.flush()
@@ -790,8 +767,7 @@ def run_command(main):
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
     sys.unraisablehook = repeat_interrupt
-    for stream in (sys.stdout, sys.stderr):                 # for file names in any encoding
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")       # for file names in any encoding
     silence_libraries()
     huggingface_hub.utils.enable_progress_bars()            # for downloads
     try:

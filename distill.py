@@ -12,6 +12,7 @@ There is no ground truth, and no other loss. L1 is our choice of a pixel-wise lo
 import io
 import math
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +150,8 @@ def teacher_gains(images, outputs, clean):
     restores the clean photo x_c that it was made from.
 
     images: x, (3,H,W) uint8. outputs: T(x), (3,H,W) in [0,1]. clean: x_c, (3,H,W) in [0,1]; three
-    iterables. Returns a list of floats. The gain needs no data beyond D4IR's. It is large where x
-    shows weather that the teacher was trained on, and low for other distortions and for no weather.
+    iterables. Returns a list of floats. The gain needs no data beyond D4IR's. It is high if
+    x shows weather that the teacher was trained on, and low if x is clear or distorted otherwise.
     """
     mse = lambda a, b: max(1e-10, float((a.float() - b.float()).square().mean()))
     return [10 * math.log10(mse(x / 255, x_c) / mse(y, x_c))
@@ -213,22 +214,20 @@ def teacher_outputs(teacher, images, device, dtype=torch.float32, names=None):
         yield y[0].float().clamp(0, 1).half().cpu()
 
 
-def on_disk(images, path):
-    """Writes images (3,H,W) of one size to a file and returns them as one memory-mapped tensor
-    (N,3,H,W), so that memory does not limit their number. Raises ValueError if there are none or
-    their sizes differ, and OSError if the disk is full."""
-    count, shape = 0, None
-    with open(path, "wb") as file:
-        for count, image in enumerate(images, 1):
-            shape = shape or image.shape
-            if image.shape != shape:
-                raise ValueError(f"images of different sizes: {tuple(shape)} and "
-                                 f"{tuple(image.shape)}")
+def on_disk(images, folder):
+    """Writes images (3,H,W) of one size to an unnamed file in `folder` and returns them as one
+    memory-mapped tensor (N,3,H,W), so that memory does not limit their number. The file disappears
+    with the tensor. Raises ValueError if there are no images or their sizes differ, and OSError if
+    the disk is full."""
+    shapes = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for image in images:
             file.write(image.numpy().tobytes())
-    if not count:
-        raise ValueError("there are no images")
-    size = count * image.numel()
-    return torch.from_file(str(path), size=size, dtype=image.dtype).view(count, *shape)
+            shapes.append(tuple(image.shape))
+        if len(set(shapes)) != 1:
+            raise ValueError(f"the images must have one size, not {sorted(set(shapes))}")
+        return torch.from_numpy(np.memmap(file, image.numpy().dtype, "r+",
+                                          shape=(len(shapes), *shapes[0])))
 
 
 def shuffled_epochs(n, first, count, seed):
@@ -252,7 +251,8 @@ def batches_from(loader, step):
             else:
                 yield batch
         if batch is None:
-            raise ValueError("the loader is empty, or can be read only once")
+            raise ValueError("the loader yielded no batch: it is empty, or an iterator, which can "
+                             "be read only once")
 
 
 def to_device(x, device):

@@ -5,11 +5,11 @@
 symbol   in code       shape, range
 x_d      degraded      (B,3,H,W) in [0,1], a web photo in bad weather; a and b are two crops of it
                        (addition residual: of x_d - T(x_d))
-A        adapter       the network trained here; the Stable Diffusion stays frozen
+A        adapter       the network trained here; Stable Diffusion stays frozen
 P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
 z_t      z_t           (B,C,h,w), latents of crop a, noised to level t in 0..T-1
 eps      noise         (B,C,h,w), standard normal
-abar_t   abar          (B,1,1,1), cumulative noise schedule of the Stable Diffusion
+abar_t   abar          (B,1,1,1), cumulative noise schedule of Stable Diffusion
 q, k     query, key    (B,D), unit length: embeddings of the two crops
 tau      temperature   scalar
 
@@ -85,10 +85,10 @@ class PromptAdapter(nn.Module):
     over the photo, because degradation is roughly uniform and content is not. Then a layer norm
     and an MLP.
 
-    width: d. tokens: N. channels: of the first convolution. embedding: D. base: (1,N,d), the prompt
-    that an untrained adapter gives for every photo (zeros; the null prompt is a better start).
-    Additions: centered, see `centering`. residual: the input is what `residuals` makes of x_d, not
-    x_d itself, and a batch norm over the photos replaces the layer norm.
+    width: d. tokens: N. channels: of the first convolution. embedding: D. base: (1,N,d), the output
+    before training (default: zeros; the null prompt is a better start).
+    Additions: centered, see `centering`. residual: the input is the residual of x_d (see
+    `residuals`) instead of x_d, and a batch norm over the photos replaces the layer norm.
     Raises ValueError for a base of another shape.
     """
 
@@ -183,7 +183,7 @@ def diffusion_loss(sd, z_0, prompts, t, noise, weight=1.0):
 # ---------------------------------------------------------------- training
 
 def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=print):
-    """Trains the adapter in place; the Stable Diffusion stays frozen.
+    """Trains the adapter in place; Stable Diffusion stays frozen.
 
     sd: a models.StableDiffusion, or anything with its predict_noise(z_t, t (B,), prompts)
       (differentiable in the prompts), unet, alphas_cumprod, prediction_type, device and dtype.
@@ -371,8 +371,8 @@ def prompt_penalty(prompts, base):
     """Addition `penalty`: ||P - base||^2 / ||base||^2, mean over B. prompts: (B,N,d). base:
     (1,N,d), not zero. Returns a scalar.
 
-    Without it, the demo's prompts in rain end 2.6 times as far from the base as the base is long
-    (with it, 0.8 times), and leave the distribution that the U-Net was trained on.
+    Without it, the demo's prompts in rain end at a distance of 2.6 ||base|| from the base (with it,
+    0.8 ||base||), outside the distribution that the U-Net was trained on.
     """
     return (prompts - base).square().sum((1, 2)).mean() / base.square().sum()
 
@@ -451,7 +451,8 @@ def batches_from(loader, step):
             else:
                 yield batch
         if batch is None:
-            raise ValueError("the loader is empty, or can be read only once")
+            raise ValueError("the loader yielded no batch: it is empty, or an iterator, which can "
+                             "be read only once")
 
 
 def to_device(x, device):

@@ -10,7 +10,7 @@ x_c      clean       (B,3,H,W) in [0,1], a photo in good weather: the content
 P        prompts     (B,N,d), prompts of a degraded photo x_d, unpaired with x_c: the degradation
 z_t      z           (B,C,h,w), latents at noise level t
 t_s      timesteps   [t_s, ..., t_1], in 0..T-1; t_s is about strength * T
-abar_t   abar        (T,), cumulative noise schedule of the Stable Diffusion;
+abar_t   abar        (T,), cumulative noise schedule of Stable Diffusion;
                      alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
 eps      noise       (B,C,h,w), standard normal
 w        guidance    classifier-free guidance: eps_- + w (eps_P - eps_-) (Ho and Salimans 2022)
@@ -38,7 +38,7 @@ class SynthConfig:
     """CCD settings. All values are our choice, for Stable Diffusion 1.x/2.x; not tested with it."""
     images: int = 4000          # number of images to synthesize
     batch: int = 16             # images per batch; guidance doubles the U-Net's batch
-    size: int = 0               # px, side of the images; 0: the size of the Stable Diffusion
+    size: int = 0               # px, side of the images; 0: Stable Diffusion's own size
     strength: float = 0.6       # t_s / T in (0,1]; higher: more degradation, less of the content
     steps: int = 20             # U-Net evaluations, at any strength
     guidance: float = 7.0       # w; 1: no guidance
@@ -145,14 +145,10 @@ def dpm_solver(model, z, timesteps, abar):
     z_0_last, h_last = None, None
     for t, t_next in zip(timesteps, timesteps[1:]):
         z_0, _ = model(z, t)
-        alpha, sigma = alpha_sigma(abar, t)
-        alpha_next, sigma_next = alpha_sigma(abar, t_next)
+        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(abar, t), alpha_sigma(abar, t_next)
         h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
-        if z_0_last is None:
-            extrapolated = z_0
-        else:
-            extrapolated = z_0 + h / (2 * h_last) * (z_0 - z_0_last)
-        z = sigma_next / sigma * z - alpha_next * math.expm1(-h) * extrapolated
+        D = z_0 if z_0_last is None else z_0 + h / (2 * h_last) * (z_0 - z_0_last)
+        z = sigma_next / sigma * z - alpha_next * math.expm1(-h) * D
         z_0_last, h_last = z_0, h
     return model(z, timesteps[-1])[0]                       # the step to sigma = 0
 
@@ -252,8 +248,8 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
     """Writes `config.images` synthesized photos to folder/000000.png ...; keeps finished batches.
 
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
-    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). (An adapter of residuals needs
-      these in place of degraded_photos.)
+    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). With addition residual, pass the
+      photos' residuals as degraded_photos.
     sd: as for `synthesize_photos`; if `config.size` is 0, it also needs size (px).
     Process `rank` of `ranks` makes every `ranks`-th batch.
     Raises ValueError for images that are not finite, as can happen in fp16.
@@ -277,7 +273,7 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
                 raise ValueError("the synthesized images are not finite: use --precision bf16 or "
                                  "fp32, or another --sd")
             images = (images * 255).round().to(torch.uint8).cpu()               # GPU sync point
-            list(writes)                                    # waits for the previous batch
+            list(writes)                                    # the previous batch; raises its errors
             writes = threads.map(write_png, images, [paths[i] for i in indices])
             bar.update(len(indices))
             if bar.disable and not rank:
