@@ -201,8 +201,8 @@ def evaluate_stage(run):
             result = evaluate(model, run.pairs, tile=args.tile, label=name)
             write_text(files[name], json.dumps(result))
         results[name] = json.loads(files[name].read_text(encoding="utf-8"))
-    metrics = {"task": args.task} | report(models, results, run.pairs) | {"tile": args.tile}
-    write_csv(results, run.pairs, run.out / "metrics.csv")
+    metrics = {"task": args.task} | report(models, results) | {"tile": args.tile}
+    write_csv(results, run.out / "metrics.csv")
     comparison_figure(models, run.pairs, run.out / "figure.png", args.tile)
     write_text(run.out / "metrics.md", table(metrics))
     write_text(run.out / "metrics.json", json.dumps(metrics, indent=2))

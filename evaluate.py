@@ -6,10 +6,11 @@
            (Wang et al. 2004)
     Y    = 16 + 65.481 R + 128.553 G + 24.966 B, R, G, B in [0,1]           BT.601, as in MATLAB
 
-Outputs are first clamped and rounded to 8 bits, as in a saved PNG. Photos are evaluated whole:
-nothing is cropped or resized. RGB: the MSE is over all channels, SSIM is the mean over them. Y is
-computed from the rounded RGB and not rounded again. A set's value is the mean over its photos. For
-the same outputs, PSNR of Y is typically 1.3 to 2 dB higher than that of RGB.
+Outputs are first clamped and rounded to 8 bits, as in a saved PNG. Photos are evaluated at full
+size; only a ground truth up to 32 px larger than its photo is centre-cropped. RGB: the MSE is over
+all channels, SSIM is the mean over them. Y is computed from the rounded RGB and not rounded again.
+A set's value is the mean over its photos. For the same outputs, PSNR of Y is typically 1.3 to 2 dB
+higher than that of RGB.
 """
 import csv
 import json
@@ -29,8 +30,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
-                                      sdpa_flop_count)
+from torch.utils.flop_counter import (FlopCounterMode, flop_registry, sdpa_backward_flop,
+                                      sdpa_flop)
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
@@ -108,20 +109,19 @@ def measure(image, truth):
 
 
 def evaluate(model, pairs, *, tile=1024, label="evaluate"):
-    """The metrics of a model, averaged over pairs; of the degraded photos if model is None.
+    """The metrics of a model in eval mode, averaged over a list of Pair; of the degraded photos if
+    model is None. tile: see `restore`. label: of the progress bar.
 
-    model: a module in eval mode. pairs: list of Pair. tile: see `restore`. label: of the progress
-      bar.
     Returns {"psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y", "n_images", "cropped", "images"}: means
-    over the photos; how many ground truths were centre-cropped; the metrics of each photo.
-    Raises ValueError if there are no pairs.
+    over the photos; how many ground truths were centre-cropped; set, file name and metrics of each
+    photo. Raises ValueError if there are no pairs.
     """
     rows, cropped, device = [], 0, "cpu" if model is None else device_of(model)
     for pair in tqdm(pairs, label, disable=None):
         degraded, truth, was_cropped = pair.read()
         degraded, truth = degraded.to(device), truth.to(device)     # for the metrics, too
         output = degraded if model is None else restore(model, degraded, tile)
-        rows.append(measure(output, truth))
+        rows.append({"set": pair.set, "image": pair.degraded.name} | measure(output, truth))
         cropped += was_cropped
     if not rows:
         raise ValueError("there are no pairs to evaluate")
@@ -212,13 +212,19 @@ def restore_folder(model, source, folder, tile=1024):
             print(f"skipped: {error}", flush=True)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_png(levels(restore(model, photo / 255, tile)).byte(), target)
+        write_png(to_pil_image(levels(restore(model, photo / 255, tile)).byte()), target)
         written += 1
     if not written:
         raise ValueError(f"{source}: none of its photos can be read")
 
 
 # ---------------------------------------------------------------- cost
+
+# torch's FLOP counter lacks the attention kernels of CPUs.
+aten = torch.ops.aten
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu_backward] = sdpa_backward_flop
+
 
 @torch.no_grad()
 def cost(model, size=256, runs=5):
@@ -230,7 +236,7 @@ def cost(model, size=256, runs=5):
     """
     x = torch.rand(1, 3, size, size, device=device_of(model))
     x = x.contiguous(memory_format=torch.channels_last)
-    flops, times = flop_counter(), []
+    flops, times = FlopCounterMode(display=False), []
     memory = LiveTensors([x, *model.parameters(), *model.buffers()])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with flops, memory:
@@ -249,20 +255,6 @@ def synchronized_clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def flop_counter():
-    """torch's FLOP counter, 2 FLOP per multiply-add, with the CPU attention kernels added."""
-    def forward(query, key, value, *others, **named):       # the arguments are shapes
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad, query, key, value, *others, **named):
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    aten = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
 
 
 class LiveTensors(TorchDispatchMode):
@@ -319,7 +311,7 @@ def list_images(folder, recursive=False):
     folders."""
     images, visited = [], set()
     for path, subfolders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in visited:              # again, through a link
+        if os.path.realpath(path) in visited:              # already, through a symlink
             subfolders.clear()
             continue
         visited.add(os.path.realpath(path))
@@ -374,19 +366,10 @@ def find_pairs(folder):
     return pairs
 
 
-def find_sets(root, depth):
-    """[(degraded folder, truth folder)] of the sets in `root` and at most `depth` levels below."""
-    found = find_set(root)
-    if found or depth == 0:
-        return found
-    subfolders = sorted(path for path in root.iterdir()
+def find_sets(folder, depth):
+    """[(degraded folder, truth folder)] of the sets in a folder or at most `depth` levels below."""
+    subfolders = sorted(path for path in folder.iterdir()
                         if path.is_dir() and not path.name.startswith("."))
-    return [pair for folder in subfolders for pair in find_sets(folder, depth - 1)]
-
-
-def find_set(folder):
-    """[(degraded folder, truth folder)] directly in a folder, or [] if one of them is missing."""
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
     degraded = [p for p in subfolders if p.name.lower() in DEGRADED and list_images(p)]
     truth = [p for p in subfolders if p.name.lower() in TRUTH and list_images(p)]
     if not truth and any(path.stem.startswith("norain") for path in list_images(folder)):
@@ -395,7 +378,9 @@ def find_set(folder):
         raise ValueError(f"{folder}: ambiguous layout; degraded: "
                          f"{', '.join(p.name for p in degraded)}; truth: "
                          f"{', '.join(p.name for p in truth)}")
-    return list(zip(degraded, truth))
+    if degraded and truth or depth == 0:
+        return list(zip(degraded, truth))
+    return [pair for path in subfolders for pair in find_sets(path, depth - 1)]
 
 
 def match_files(degraded, truth, name):
@@ -427,24 +412,22 @@ def abbreviate(names):
 
 # ---------------------------------------------------------------- reports
 
-def report(models, results, pairs):
+def report(models, results):
     """The body of metrics.json.
 
     models: {name: module}, with None for "input"; "teacher" and "student" are needed.
-    results: {name: what `evaluate` returned} for the same names. pairs: list of Pair.
+    results: {name: what `evaluate` returned} for the same names, over the same pairs.
     """
-    sets = group_by_set(pairs)
     costs = {name: cost(model) for name, model in models.items() if model is not None}
-    metrics = {"test_set": " + ".join(sets), "n_images": len(pairs)}
+    sets = {name: by_set(result["images"]) for name, result in results.items()}
+    metrics = {"test_set": " + ".join(sets["input"]), "n_images": results["input"]["n_images"]}
     for name, result in results.items():
         metrics[name] = {key: result[key] for key in METRICS} | costs.get(name, {})
     metrics["ratio"] = {key: costs["teacher"][key] / costs["student"][key] for key in COSTS}
-    if len(sets) > 1:
+    if len(sets["input"]) > 1:
         metrics["sets"] = {
-            set_name: {"n_images": len(chosen)} | {
-                name: means([result["images"][i] for i in chosen])
-                for name, result in results.items()}
-            for set_name, chosen in sets.items()}
+            title: {"n_images": len(rows)} | {name: means(sets[name][title]) for name in sets}
+            for title, rows in sets["input"].items()}
     metrics["definitions"] = DEFINITIONS
     metrics["cost_at"] = f"256x256, batch 1, float32, on {device_of(models['student']).type}"
     cropped = results["input"]["cropped"]
@@ -453,11 +436,11 @@ def report(models, results, pairs):
     return metrics
 
 
-def group_by_set(pairs):
-    """{name of a test set: numbers of its pairs} of a list of Pair."""
+def by_set(rows):
+    """{name of a test set: its rows} of the metrics of photos, as `evaluate` returns them."""
     sets = {}
-    for i, pair in enumerate(pairs):
-        sets.setdefault(pair.set, []).append(i)
+    for row in rows:
+        sets.setdefault(row["set"], []).append(row)
     return sets
 
 
@@ -482,17 +465,16 @@ def table(metrics):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write_csv(results, pairs, path):
+def write_csv(results, path):
     """Writes one row per photo: set, file name, and each model's four metrics.
 
-    results: {name: what `evaluate` returned}, over the same list of Pair.
+    results: {name: what `evaluate` returned}, over the same pairs.
     """
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "image"] + [f"{name}_{key}" for name in results for key in METRICS])
-        for i, pair in enumerate(pairs):
-            rows = [result["images"][i] for result in results.values()]
-            writer.writerow([pair.set, pair.degraded.name]
+        for rows in zip(*(result["images"] for result in results.values())):
+            writer.writerow([rows[0]["set"], rows[0]["image"]]
                             + [f"{row[key]:.5f}" for row in rows for key in METRICS])
     os.replace(f"{path}.tmp", path)
 
@@ -518,7 +500,7 @@ def figure(columns, path, side=256):
     """Writes a PNG with one column per entry of {title: [images (3,H,W) in [0,1]]}; each image is
     scaled to fit into side x side px."""
     def fit(image):
-        picture = to_pil_image(levels(image).byte().cpu())
+        picture = to_pil_image(levels(image).byte())
         sharp = max(picture.size) <= side                  # keeps pixels visible
         return ImageOps.contain(picture, (side, side), Image.NEAREST if sharp else Image.BOX)
 
@@ -560,10 +542,10 @@ def plot_losses(log, path):
     draw = ImageDraw.Draw(sheet)
     for i, (title, curve) in enumerate(curves.items()):
         left, top, right, bottom = 300 * i + 60, 25, 300 * i + 285, 175
-        steps, low, high = sorted(curve), min(curve.values()), max(curve.values())
-        first, last = steps[0], steps[-1]
-        x = [left + (right - left) * (step - first) / max(last - first, 1) for step in steps]
-        y = [bottom - (bottom - top) * (curve[step] - low) / (high - low or 1) for step in steps]
+        steps, values = list(curve), list(curve.values())  # steps are in ascending order
+        first, last, low, high = steps[0], steps[-1], min(values), max(values)
+        x = np.interp(steps, (first, last), (left, right))
+        y = np.interp(values, (low, high), (bottom, top))
         draw.rectangle((left, top, right, bottom), outline="gray")
         draw.line(list(zip(x, y)), fill="blue")
         draw.text((left, 8), title, fill="black")
@@ -574,9 +556,7 @@ def plot_losses(log, path):
     write_png(sheet, path)
 
 
-def write_png(image, path):
-    """Writes (3,H,W) uint8, or a PIL picture, as a PNG file: under a temporary name, which is then
-    renamed, so that no file is ever incomplete."""
-    picture = to_pil_image(image.cpu()) if torch.is_tensor(image) else image
+def write_png(picture, path):
+    """Writes a PIL picture as a PNG file, under a temporary name first: no file is incomplete."""
     picture.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)

@@ -4,7 +4,7 @@ symbol      in code            shape, range
 x           image              (B,3,H,W) in [0,1]
 z = E(x)    sd.encode          (B,C,H/f,W/f), scaled to about unit variance by the VAE's own factor
 D(z)        sd.decode          (B,3,H,W) in [0,1]
-eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps or v, whichever was trained
+eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps or v, depending on the model
 P           prompts            (B,N,d), d = the U-Net's cross-attention width
 """
 import ast
@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +97,8 @@ def local_mean(x, window):
 class Restorer(nn.Module):
     """A NAFNet-style U-Net with a global residual (Chen et al. 2022).
 
-    It runs on 2x2 px blocks as channels (pixel unshuffle), about four times as fast as on single
-    pixels. The architecture is our choice: we do not know the paper's networks.
+    It works at half resolution (pixel unshuffle), about four times as fast as at full resolution.
+    The architecture is our choice: we do not know the paper's networks.
 
     width: channels at the first level, doubled at each further level.
     encoder, decoder: blocks per level. middle: blocks at the bottom.
@@ -342,31 +341,21 @@ def load_restorer(spec, device="cpu", multiple=1):
         raise ValueError(f"{path}: not a readable network; it must be a .safetensors file of this "
                          "project or FILE.py:NAME@WEIGHTS")
     state = read_weights(path)
-    with safe_open(path, "pt") as file:
-        config = (file.metadata() or {}).get("restorer")
-    if config is None:
-        raise ValueError(f"{path}: its metadata describes no Restorer; specify other networks as "
-                         "FILE.py:NAME@WEIGHTS")
-    model = build_restorer(config, state, path)
-    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-
-
-def build_restorer(config, state, path):
-    """The Restorer described in a file's metadata, with the file's weights. It is built on the meta
-    device, which allocates no memory, until its shapes match those of the weights."""
     try:
-        config = json.loads(config)
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["restorer"])
         counts = [config["middle"], len(config["encoder"]), *config["encoder"], *config["decoder"]]
         if min(*counts, config["window"]) < 0 or sum(counts) > len(state):
             raise ValueError(f"negative numbers, or more blocks than the {len(state)} tensors")
-        with torch.device("meta"):
+        with torch.device("meta"):                         # no allocation before the shapes match
             model = Restorer(**config)
         state = {key: value.float() for key, value in state.items()}
     except Exception as error:                             # the metadata can hold any JSON
         raise ValueError(f"{path}: its metadata does not describe a valid Restorer "
-                         f"({type(error).__name__}: {first_line(error)})") from None
+                         f"({type(error).__name__}: {first_line(error)}); specify other networks "
+                         "as FILE.py:NAME@WEIGHTS") from None
     load_matching(model, state, path, assign=True)
-    return model
+    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
 def save_restorer(model, path):
@@ -435,23 +424,32 @@ class ExternalRestorer(nn.Module):
 
 
 def build_network(file, name, arguments):
-    """Imports FILE.py and calls its NAME with keyword literals such as '(a=1, b=[2, 3])'."""
+    """Imports FILE.py and calls its NAME with keyword literals such as '(a=1, b=[2, 3])'.
+
+    Its imports look in its own folder first. Other projects often have a `models.py` or a `demo` of
+    their own, and would find ours in sys.modules, so ours are removed in the meantime.
+    """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     keywords = parse_keywords(name, arguments)
     spec = importlib.util.spec_from_file_location(f"_teacher_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module                        # dataclasses look their module up there
+    path, ours = list(sys.path), pop_own_modules()
+    sys.path.insert(0, str(file.resolve().parent))
     try:
-        with import_first_from(file.resolve().parent):
-            spec.loader.exec_module(module)
-            network = getattr(module, name)(**keywords)
+        spec.loader.exec_module(module)
+        network = getattr(module, name)(**keywords)
     except ModuleNotFoundError as error:
         raise ValueError(f"{file}: {first_line(error)}: install it, or remove the import if the "
                          "network does not use it") from error
     except (Exception, SystemExit) as error:               # third-party code may raise anything
         raise ValueError(f"{file}: {name}{arguments} failed: {type(error).__name__}: "
                          f"{first_line(error)}") from error
+    finally:
+        pop_own_modules()                                  # the teacher's modules of these names
+        sys.modules.update(ours)
+        sys.path[:] = path
     if not isinstance(network, nn.Module):
         raise ValueError(f"{file}: {name} returned a {type(network).__name__}, not an nn.Module")
     return network
@@ -467,23 +465,6 @@ def parse_keywords(name, arguments):
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{name}{arguments}: arguments must be keyword literals, as in "
                          f"{name}(width=48) ({first_line(error)})") from None
-
-
-@contextmanager
-def import_first_from(folder):
-    """Imports inside the block look in `folder` first.
-
-    Other projects often have a `models.py` or a `demo` of their own. As long as ours is in
-    sys.modules, their `import models` would return it, so ours are removed for the block.
-    """
-    path, ours = list(sys.path), pop_own_modules()
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        pop_own_modules()                                  # the teacher's modules of these names
-        sys.modules.update(ours)
-        sys.path[:] = path
 
 
 def pop_own_modules():
@@ -507,14 +488,13 @@ def read_weights(path):
                          "only its state_dict") from None
     except Exception as error:                             # zip, pickle and safetensors errors
         raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+    state = state if isinstance(state, dict) else {}
     for key in ("params_ema", "params", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    entries = state.items() if isinstance(state, dict) else ()
-    tensors = {str(key): value for key, value in entries if torch.is_tensor(value)}
+    tensors = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
     if not tensors:
-        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else "not a dict"
-        raise ValueError(f"{path}: contains no state_dict ({names})")
+        raise ValueError(f"{path}: contains no state_dict ({', '.join(map(str, list(state)[:5]))})")
     return tensors
 
 
@@ -523,7 +503,10 @@ def load_matching(model, state, source, assign=False):
 
     Raises ValueError, with names, for missing keys, unexpected keys, and shapes that differ.
     """
-    prefix = find_prefix(state, model.state_dict())
+    expected = model.state_dict()
+    first = next(iter(expected), "")
+    prefixes = sorted({key.removesuffix(first) for key in state if key.endswith("." + first)})
+    prefix = max(["", *prefixes], key=lambda p: sum(p + key in state for key in expected))
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
@@ -533,15 +516,6 @@ def load_matching(model, state, source, assign=False):
     if missing or unexpected:
         raise ValueError(f"{source}: the weights do not match the network: {len(missing)} missing "
                          f"keys {missing[:3]}, {len(unexpected)} unexpected keys {unexpected[:3]}")
-
-
-def find_prefix(state, expected):
-    """The prefix under which `state` has the most of the expected keys; '' if there is none."""
-    first = next(iter(expected), "")
-    prefixes = {key.removesuffix(first) for key in state if key.endswith("." + first)}
-    matches = {prefix: sum(prefix + key in state for key in expected)
-               for prefix in ["", *sorted(prefixes)]}
-    return max(matches, key=matches.get)
 
 
 def has_bf16(device):

@@ -1450,7 +1450,7 @@ def test_report_table_csv_and_figure(tmp_path):
     pairs = evaluate.find_pairs(tmp_path)
     nets = {"input": None, "teacher": models.Restorer(4), "student": models.Restorer(2)}
     results = {name: evaluate.evaluate(net, pairs) for name, net in nets.items()}
-    metrics = {"task": "derain"} | evaluate.report(nets, results, pairs)
+    metrics = {"task": "derain"} | evaluate.report(nets, results)
     assert metrics["test_set"] == "A + B" and metrics["n_images"] == 8
     assert set(metrics["input"]) == set(evaluate.METRICS)
     for name in ("teacher", "student"):
@@ -1464,7 +1464,7 @@ def test_report_table_csv_and_figure(tmp_path):
     lines = evaluate.table(metrics).splitlines()
     assert lines[0] == "# derain: A + B (8 photos)" and "| B (4): student |" in lines[12]
     assert {line.count("|") for line in lines[2:14]} == {10} and lines[-1].endswith("cropped.")
-    evaluate.write_csv(results, pairs, tmp_path / "m.csv")
+    evaluate.write_csv(results, tmp_path / "m.csv")
     rows = [line.split(",") for line in (tmp_path / "m.csv").read_text().splitlines()]
     assert rows[0][:3] == ["set", "image", "input_psnr_rgb"] and len(rows) == 9
     assert rows[5][:2] == ["B", "1.png"] and {len(row) for row in rows} == {14}
@@ -1473,7 +1473,7 @@ def test_report_table_csv_and_figure(tmp_path):
     with Image.open(tmp_path / "f.png") as sheet:          # six rows of 256x171 px, four columns
         assert sheet.size == (4 * 260, 18 + 6 * (4 + 171))
     one = evaluate.report(nets, {name: evaluate.evaluate(net, pairs[:2])
-                                 for name, net in nets.items()}, pairs[:2])
+                                 for name, net in nets.items()})
     assert "sets" not in one and "note" not in one and one["test_set"] == "A"
 
 
@@ -2435,13 +2435,13 @@ def test_original_photos_of_an_unknown_teacher(tmp_path):
         compare.Bench(run, None).photos("original", 64)
 
 
-def test_compare_reports_every_test_set(tmp_path):
-    rows = [dict.fromkeys(evaluate.METRICS, value) for value in (20.0, 24.0, 31.0)]
-    pairs = [evaluate.Pair(tmp_path, tmp_path, name) for name in "aab"]
+def test_compare_reports_every_test_set():
+    rows = [{"set": name} | dict.fromkeys(evaluate.METRICS, value)
+            for name, value in zip("aab", (20.0, 24.0, 31.0))]
     means = dict.fromkeys(evaluate.METRICS, 25.0)
-    result = compare.test_metrics(means | {"images": rows}, pairs)
+    result = compare.test_metrics(means | {"images": rows})
     assert result == means | {"psnr_rgb, a": 22.0, "psnr_rgb, b": 31.0}
-    assert compare.test_metrics(means | {"images": rows[:2]}, pairs[:2]) == means
+    assert compare.test_metrics(means | {"images": rows[:2]}) == means
     table = compare.markdown({"task": "derain", "n_images": 3, "seeds": 1, "seed": 0, "date": "",
                               "command": "", "machine": "", "rows": [
                                   {"source": "input"} | compare.summary([result])]})

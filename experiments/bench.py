@@ -38,11 +38,12 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import RandomCrop
 
 import d4ir
 from distill import Crops, DistillConfig, distill, teacher_outputs
-from evaluate import cost, flop_counter, read_image, synchronized_clock
+from evaluate import cost, read_image, synchronized_clock
 from experiments.common import machine_name, make_parser, provenance, write_section
 from models import (Restorer, StableDiffusion, load_restorer, load_stable_diffusion,
                     save_restorer)
@@ -96,7 +97,7 @@ def median_seconds(calls, device, repeats):
 
 
 def count_flops(call):
-    with flop_counter() as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
@@ -184,18 +185,15 @@ def synthesis(sd, config, size, prompter):
 def adapter_training(sd, config, loader):
     """A Side of `config.steps` updates."""
     adapter = untrained_adapter(sd, config)
-    call = lambda: train_adapter(adapter, sd, loader, config, log=ignore)
+    call = lambda: train_adapter(adapter, sd, loader, config, log=lambda report: None)
     return Side(call, config.steps, sd.dtype, asdict(config) | dict(size=loader.size))
 
 
 def distillation(student, config, loader, device, dtype, teacher=None):
     """A Side of `config.steps` updates. teacher: None if the loader has its outputs."""
-    call = lambda: distill(teacher, student, loader, config, device=device, dtype=dtype, log=ignore)
+    call = lambda: distill(teacher, student, loader, config, device=device, dtype=dtype,
+                           log=lambda report: None)
     return Side(call, config.steps, dtype, asdict(config) | dict(student=student.config))
-
-
-def ignore(report):
-    """Discards training reports."""
 
 
 # ---------------------------------------------------------------- the table's rows
@@ -390,7 +388,7 @@ SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 
 SIZES = (256, 512)
 BATCHES = {"adapter": (2, 4, 8, 16, 32), "synth": (1, 2, 4, 8, 16), "distill": (1, 2, 4, 8, 16)}
-# The recommended run: adapter steps of 16 photos, images, distillation steps of 16 crops.
+# The recommended run: adapter steps (batch 16), images, distillation steps (batch 16).
 RECOMMENDED = {"adapter": 3000, "synth": 4000, "distill": 60000}
 # For computed hours: NVIDIA's dense bf16 TFLOP/s with fp32 accumulation; the share of it that each
 # stage reaches and the least time to launch a step's kernels, in seconds, both assumed.

@@ -26,7 +26,7 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 import d4ir
 from distill import (Crops, DistillConfig, distill, select_best, teacher_gains,
                      teacher_outputs)
-from evaluate import DEFINITIONS, METRICS, evaluate, group_by_set, means, read_image
+from evaluate import DEFINITIONS, METRICS, by_set, evaluate, means, read_image
 from experiments.common import machine_name, make_parser, provenance
 from experiments.gan import Adversary
 from models import save_restorer
@@ -46,7 +46,7 @@ class Row:
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
     distill: dict = field(default_factory=dict)
-    reuses: tuple = ()                  # what is taken from D4IR: its adapter, its images ("synth")
+    reuses: tuple = ()                  # stages reused from the row d4ir: "adapter", "synth"
 
 
 def ablation(part, note, adapter={}, synth={}, distill={}):
@@ -248,7 +248,7 @@ class Bench:
                 save_restorer(student, path)
                 strip(sample, self.crop).save(run.out / "sample.png")
                 result = evaluate(student, run.pairs, tile=run.args.tile)
-                d4ir.write_text(file, json.dumps(test_metrics(result, run.pairs)))
+                d4ir.write_text(file, json.dumps(test_metrics(result)))
                 path.with_suffix(".pt").unlink(missing_ok=True)
             results.append(json.loads(file.read_text(encoding="utf-8")))
         return results
@@ -302,12 +302,11 @@ def strip(images, side, count=8):
     return picture
 
 
-def test_metrics(result, pairs):
+def test_metrics(result):
     """The four metrics and, with several test sets, PSNR RGB of each: {"psnr_rgb, SET": ...}."""
-    metrics, sets = {key: result[key] for key in METRICS}, group_by_set(pairs)
+    metrics, sets = {key: result[key] for key in METRICS}, by_set(result["images"])
     if len(sets) > 1:
-        metrics |= {f"psnr_rgb, {name}": means([result["images"][i] for i in chosen])["psnr_rgb"]
-                    for name, chosen in sets.items()}
+        metrics |= {f"psnr_rgb, {name}": means(rows)["psnr_rgb"] for name, rows in sets.items()}
     return metrics
 
 
@@ -330,7 +329,7 @@ def compare(bench, names, seeds):
         file = run.out / f"{name}.json"
         if not file.exists():
             result = evaluate(model, run.pairs, tile=run.args.tile, label=name)
-            d4ir.write_text(file, json.dumps(test_metrics(result, run.pairs)))
+            d4ir.write_text(file, json.dumps(test_metrics(result)))
         rows.append({"source": name} | summary([json.loads(file.read_text(encoding="utf-8"))]))
     for name, row in ROWS.items():
         if bench.is_no_op(name) or not (name in names or bench.is_finished(name, seeds)):

@@ -61,7 +61,7 @@ def run_net(net, image):
 
 @contextmanager
 def frozen_statistics(net):
-    """The batch norms' running statistics do not follow what passes through here."""
+    """Keeps the batch norms' running statistics fixed inside the block."""
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0

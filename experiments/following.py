@@ -11,10 +11,11 @@ photo x, three properties of the weather are
              theta: direction of its gradients, across the streaks
     scale  = spectral centroid of r, in cycles per px
 
-The result is the Spearman correlation of each between degraded photos and what their prompts give
-them. "captions" are the renderer's exact descriptions of the same photos in place of the learned
-prompts (demo photos only); "ceiling" is the correlation between two crops of one degraded photo,
-which may overlap. With 256 images, the standard error of a correlation is about 0.06.
+For each, the result is the Spearman correlation between the degraded photos and the images that
+are synthesized with their prompts. "captions" are the renderer's exact descriptions of the same
+photos in place of the learned prompts (demo photos only); "ceiling" is the correlation between two
+crops of one degraded photo, which may overlap. With 384 images, the standard error of a correlation
+is about 0.05.
 
 "contrast" tests the adapter's embedding on weather and scenes that it was not trained on (demo
 photos only): how often a crop is nearest to the other crop of its photo, among 128 photos, and how

@@ -115,8 +115,7 @@ def main():
     args = parser.parse_args()
     result, rows = check(args.sd, guidance=args.guidance, device=args.device)
     args.results.mkdir(parents=True, exist_ok=True)
-    command = provenance("weather", None)["command"]
-    record = {"command": command, "guidance": args.guidance} | result
+    record = provenance("weather", None) | {"guidance": args.guidance} | result
     d4ir.write_text(args.results / "weather-check.json", json.dumps(record, indent=1))
     grid(rows, args.results / "weather-check.png")
     for title, part in result.items():
