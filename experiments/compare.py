@@ -41,8 +41,8 @@ class Row:
     """One source of training images. To add a baseline that is a list of images, add one entry to
     ROWS."""
     title: str
-    note: str                           # {captions}, {plain}, {select}, SynthConfig's fields
-    images: Callable = None             # bench -> list of (3,H,W) uint8; None: ablation or GAN
+    note: str                           # may name {captions}, {plain}, {used}, SynthConfig's fields
+    images: Callable = None             # bench -> list of (3,H,W) uint8; unset in ablations
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
     distill: dict = field(default_factory=dict)
@@ -62,7 +62,8 @@ ROWS = {
                         lambda bench: bench.photos("degraded", bench.crop)),
     "web-clean": Row("web photos in good weather", "the photos that provide the content",
                      lambda bench: bench.photos("clean", bench.crop)),
-    "gan": Row("GAN", "data-free adversarial distillation, experiments/gan.py"),
+    "gan": Row("GAN", "data-free adversarial distillation, experiments/gan.py",
+               lambda bench: None),
     "sd-text": Row("captions", "{captions} in place of the adapter's prompts",
                    lambda bench: bench.synthesize("sd-text", bench.captions())),
     "sd-plain": Row("plain captions", "{plain} in place of the adapter's prompts",
@@ -92,8 +93,7 @@ ROWS = {
     "no-content": Row("D4IR without content", "a grey image in place of the clean photos",
                       lambda bench: bench.synthesize("no-content", bench.adapter("d4ir"),
                                                      clean=[bench.grey()]), reuses=("adapter",)),
-    "d4ir": Row("D4IR", "strength {strength:g}, guidance {guidance:g}, {images} images, of "
-                "which the best {select:.0%}",
+    "d4ir": Row("D4IR", "strength {strength:g}, guidance {guidance:g}, {images} images{used}",
                 lambda bench: bench.synthesize("d4ir", bench.adapter("d4ir"))),
     "d4ir+web": Row("D4IR images and web photos in bad weather", "both lists",
                     lambda bench: (bench.images("d4ir") + bench.images("web-degraded")),
@@ -210,8 +210,6 @@ class Bench:
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, trained alongside the student."""
         row = ROWS[name]
-        if name == "gan":
-            return None
         if row.images is not None:
             return row.images(self)
         own = dict(synth=row.synth, **row.adapter) if row.adapter else {}
@@ -342,8 +340,10 @@ def compare(bench, names, seeds):
         task = d4ir.TASKS[run.args.task]
         quoted = {"captions": task.captions, "plain": task.plain_captions()}
         quoted = {key: ", ".join(map(repr, texts)) for key, texts in quoted.items()}
-        stats |= {"minutes": total / 60, "note": row.note.format(
-            **quoted, select=run.distill.select, **asdict(run.synth))}
+        share = run.distill.select
+        used = f", of which the best {share:.0%} are used" if share < 1 else ""
+        stats |= {"minutes": total / 60,
+                  "note": row.note.format(**quoted, used=used, **asdict(run.synth))}
         if "synth" in took:
             stats["images_per_s"] = run.synth.images / took["synth"]
         rows.append({"source": name} | stats | read_gain(run.out / name))
