@@ -699,18 +699,22 @@ def read_settings(run):
 
 
 def lock_folder(folder):
-    """Locks the run folder until the returned file is closed or this process exits. Raises
-    ValueError if another process holds the lock."""
+    """Locks the run folder and deletes the temporary files of a killed process. The lock is held
+    until the returned file is closed or this process exits. Raises ValueError if another process
+    holds it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
+    file.seek(0)
+    last = file.read()                                      # the last process that used the folder
     try:
         if fcntl:                                           # forked workers do not inherit the lock
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise ValueError(f"{folder} is in use by process {file.read()}: wait until it ends, or "
-                         "choose another --out") from None
+        raise ValueError(f"{folder} is in use by process {last}: wait until it ends, or choose "
+                         "another --out") from None
     except OSError:                                         # a file system without locks
         pass
+    for path in folder.rglob("*.tmp") if last else ():
+        path.unlink()
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}")
     file.flush()

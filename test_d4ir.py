@@ -2059,6 +2059,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX locks and signals")
 def test_a_run_folder_is_used_by_one_process_at_a_time(own_photos, tmp_path):
     out, (ready, send) = tmp_path / "run", os.pipe()
     out.mkdir()
+    (out / "user.tmp").write_text("not ours")              # no run has used the folder yet
     child = os.fork()
     if child == 0:
         try:
@@ -2070,15 +2071,18 @@ def test_a_run_folder_is_used_by_one_process_at_a_time(own_photos, tmp_path):
     os.close(send)
     assert os.read(ready, 1) == b"x"
     try:
+        assert (out / "user.tmp").exists()
         with pytest.raises(ValueError, match=f"run is in use by process {child} on"):
             d4ir.main(["--task", "desnow", *map(str, own_photos), "--out", str(out)])
-        assert [path.name for path in out.iterdir()] == ["lock"]
+        assert sorted(path.name for path in out.iterdir()) == ["lock", "user.tmp"]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    (out / "synth").mkdir()
+    (out / "synth/000000.tmp").write_text("left by the dead process")
     lock = d4ir.lock_folder(out)                           # its lock is taken over
     assert (out / "lock").read_text().startswith(f"{os.getpid()} on ")
-    assert not lock.closed
+    assert not list(out.rglob("*.tmp")) and not lock.closed
 
 
 @posix
