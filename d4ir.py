@@ -22,7 +22,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -745,17 +744,12 @@ def write_text(path, text):
 
 
 def interrupt(number, frame):
-    raise KeyboardInterrupt(number)
-
-
-def repeat_interrupt(discarded):
-    """Re-sends a signal whose KeyboardInterrupt Python has discarded, as it does in __del__."""
-    error = discarded.exc_value
-    if isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if error.args else signal.SIGINT
-        threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
-    else:
-        sys.__unraisablehook__(discarded)
+    """Handles SIGINT and SIGTERM. The process may end at any point, as every file is first written
+    under a temporary name."""
+    sys.stderr.write("\n" * sys.stderr.isatty()           # below a progress bar
+                     + "interrupted; rerun the same command, without --restart, to resume\n")
+    sys.stderr.flush()
+    os._exit(128 + number)                                  # an exception could be swallowed
 
 
 def silence_libraries():
@@ -769,16 +763,14 @@ def run_command(main):
     """Runs main. User errors print one line to stderr and exit with code 2; SIGINT and SIGTERM exit
     with 130 and 143."""
     prog = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, interrupt)
-    sys.unraisablehook = repeat_interrupt
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:      # as in background jobs of a script
+            signal.signal(number, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")       # for file names in any encoding
     silence_libraries()
     huggingface_hub.utils.enable_progress_bars()            # for downloads
     try:
         main()
-    except KeyboardInterrupt as error:
-        sys.stderr.write("interrupted; rerun the same command, without --restart, to resume\n")
-        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except torch.OutOfMemoryError as error:
         sys.stderr.write(f"{prog}: error: out of memory: lower --adapter-batch, --batch, "
                          f"--distill-batch or --tile ({first_line(error)})\n")
