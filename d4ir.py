@@ -62,12 +62,12 @@ except ImportError:                     # the method works without demo/
 @dataclass(frozen=True)
 class Task:
     """Task-specific settings. All values are our choice."""
-    captions: tuple                     # a baseline in experiments/, chosen on the demo's test set
+    captions: tuple                     # for the captions baseline, chosen on the demo's test set
     weather: tuple                      # kinds of weather, for demo photos and plain captions
     demo_settings: dict = field(default_factory=dict)       # override demo.SETTINGS
 
     def plain_captions(self):
-        """Captions that name only the weather. Addition caption_base: their mean."""
+        """Captions that name only the weather; the addition `caption_base` uses their mean."""
         return [f"a photo in {weather}" for weather in self.weather]
 
 
@@ -114,7 +114,7 @@ def main(argv=None):
 
 
 def adapter_stage(run):
-    """DPA: trains the adapter (degraded photo to prompt), or copies that of --adapter."""
+    """DPA: trains the adapter (degraded photo to prompt), or copies the one given by --adapter."""
     sd, config, seed = run.sd, run.adapter, run.args.seed + 1000 * run.rank
     if run.args.adapter_file:
         adapter = load_adapter(run.args.adapter_file, run.device)
@@ -143,7 +143,7 @@ def synth_stage(run):
     """CCD: synthesizes degraded photos from clean ones, conditioned on the adapter's prompts."""
     adapter, folder = load_adapter(run.out / "adapter.safetensors", run.device), run.out / "synth"
     synthesize_folder(run.clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth, folder,
-                      seed=run.args.seed, rank=run.rank, ranks=run.ranks)
+                      seed=run.args.seed, rank=run.rank, world_size=run.world_size)
     run.barrier()
     if run.is_main:
         shown = range(min(5, run.synth.images))
@@ -158,9 +158,9 @@ def synth_stage(run):
 def distill_stage(run):
     """PKD: trains the student on the teacher's outputs for the synthesized photos."""
     run.release("sd", "degraded", "residuals")
-    files = list_images(run.out / "synth")[run.rank::run.ranks]
+    files = list_images(run.out / "synth")[run.rank::run.world_size]
     if not files:
-        raise ValueError(f"there are fewer synthesized images than processes ({run.ranks})")
+        raise ValueError(f"there are fewer synthesized images than processes ({run.world_size})")
     images, targets = on_disk(map(read_image, files), run.out), None                # (N,3,H,W)
     crop = run.distill.crop_size(min(images.shape[2:]))
     outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)    # a generator
@@ -267,7 +267,7 @@ def load_photos(folder, size, run, flag):
 
 def fit_photo(photo, longest, crop):
     """Resizes a photo (3,H,W): its longer side is at most `longest` px, its shorter side at least
-    `crop` px, by upscaling if needed. A strip too narrow for both is centre-cropped first."""
+    `crop` px, by upscaling if needed. Photos too elongated for both are centre-cropped first."""
     height, width = photo.shape[1:]
     scale = max(min(1, longest / max(height, width)), crop / min(height, width))
     limit = math.ceil(longest / scale)
@@ -343,7 +343,7 @@ def number(kind, least, most=math.inf):
 def make_parser():
     mini_sd = demo and str(demo.WEIGHTS / "mini-sd")
     teacher = demo and str(demo.WEIGHTS / "teacher.safetensors")
-    parser = Parser(prog="d4ir.py", description=__doc__,
+    parser = Parser(prog="d4ir.py", description=__doc__, epilog="Defaults are in parentheses.",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="all: one student for all kinds of weather")
@@ -354,11 +354,11 @@ def make_parser():
     add("--degraded", type=Path, metavar="DIR", help="web photos in bad weather (the demo's)")
     add("--clean", type=Path, metavar="DIR", help="web photos in good weather (the demo's)")
     add("--photo-size", type=number(int, 1), default=1024, metavar="PX",
-        help="downscale larger photos of --degraded and --clean to this longer side: rain and snow "
-             "should have the same scale as in the teacher's training photos (1024)")
+        help="longer side to which larger photos of --degraded and --clean are downscaled: rain "
+             "and snow should have the same scale as in the teacher's training photos (1024)")
     add("--adapter", dest="adapter_file", type=Path, metavar="FILE",
         help="use the adapter.safetensors of another run instead of training one; its Stable "
-             "Diffusion must have the same prompt width and, with addition residual, its teacher "
+             "Diffusion must have the same prompt width and, if it uses residuals, its teacher "
              "must be the same; --tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, metavar="SPEC",
         help="a .safetensors file of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
@@ -442,12 +442,13 @@ class Run:
         self.adapter, self.synth, self.distill = (
             config(**{f.name: getattr(args, name) for name, f, _ in options(config)})
             for config in CONFIGS)
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
         self.device = choose_device(args.device)
         args.precision = args.precision or ("bf16" if has_bf16(self.device) else "fp32")
         self.dtype = DTYPES[args.precision]
-        if self.ranks > 1:
+        if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=6))
 
@@ -473,7 +474,7 @@ class Run:
         return residuals(self.degraded, lambda x: restore_photo(self.teacher, x))
 
     def adapter_inputs(self, adapter):
-        """An adapter's inputs: the degraded photos or, with addition residual, their residuals."""
+        """An adapter's inputs: the degraded photos or (addition `residual`) their residuals."""
         return self.residuals if adapter.config["residual"] else self.degraded
 
     @cached_property
@@ -498,7 +499,7 @@ class Run:
     def additions(self):
         """Names of the additions that are switched on."""
         file = self.args.adapter_file
-        adapter = [f"those of {file}"] if file else self.adapter.active_additions()
+        adapter = [f"those in {file}"] if file else self.adapter.active_additions()
         return adapter + self.synth.active_additions() + self.distill.active_additions()
 
     def log(self, text):
@@ -514,7 +515,7 @@ class Run:
                                else f"{key} {value}" for key, value in report.items()))
 
     def barrier(self):
-        if self.ranks > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def is_finished(self, stage):
@@ -567,12 +568,12 @@ def absolute(path):
 def check_inputs(run):
     """Raises ValueError for invalid inputs, before any expensive work."""
     args = run.args
-    for need, stage in zip(STAGES, list(STAGES)[1:]):
-        if stage in run.stages and need not in run.stages:
+    for previous, stage in zip(STAGES, list(STAGES)[1:]):
+        if stage in run.stages and previous not in run.stages:
             deleted = args.restart and stage != run.stages[0]
-            if deleted or not run.is_finished(need):
-                raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[need][0]}: run "
-                                 f"--stage {need} first")
+            if deleted or not run.is_finished(previous):
+                raise ValueError(f"--stage {stage} needs {run.out / PRODUCTS[previous][0]}: run "
+                                 f"--stage {previous} first")
     for name in ("degraded", "clean", "test"):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
@@ -663,7 +664,7 @@ def check_run_folder(run):
         differences = "; ".join(text for _, text in changed)
         raise ValueError(f"{run.out} was made with different settings: {differences}. Use the same "
                          "settings, another --out, or --restart to redo all stages (to redo only "
-                         f"later ones, --restart --stage {changed[0][0]} ...)")
+                         f"those affected, --restart --stage {changed[0][0]} ...)")
     run.barrier()                                           # every process has checked
     if run.is_main:
         run.out.mkdir(parents=True, exist_ok=True)
@@ -679,7 +680,7 @@ def check_run_folder(run):
         versions |= {"torch": torch.__version__, "python": platform.python_version()}
         write_text(run.out / "config.json", json.dumps(settings | dict(
             additions=run.additions(), versions=versions, device=str(run.device),
-            processes=run.ranks), indent=2))
+            processes=run.world_size), indent=2))
     run.barrier()
 
 
@@ -744,8 +745,8 @@ def write_text(path, text):
 
 
 def interrupt(number, frame):
-    """Handles SIGINT and SIGTERM. The process may end at any point, as every file is first written
-    under a temporary name."""
+    """Handles SIGINT and SIGTERM. Exiting is safe at any point, because every file is first
+    written under a temporary name."""
     sys.stderr.write("\n" * sys.stderr.isatty()           # below a progress bar
                      + "interrupted; rerun the same command, without --restart, to resume\n")
     sys.stderr.flush()
@@ -764,7 +765,7 @@ def run_command(main):
     with 130 and 143."""
     prog = Path(sys.argv[0]).name
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:      # as in background jobs of a script
+        if signal.getsignal(number) != signal.SIG_IGN:      # ignored in background jobs
             signal.signal(number, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")       # for file names in any encoding
     silence_libraries()

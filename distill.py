@@ -34,7 +34,7 @@ class DistillConfig:
     lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
     keep_teacher: bool = True   # compute T(x) once per image and store it; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
-    select: float = 1.0         # addition: share of the images used, those of highest teacher gain
+    select: float = 1.0         # addition: fraction of images used: those with the highest gain
 
     ADDITIONS = {"select": 1.0}                                 # the value that means "off"
 
@@ -59,7 +59,7 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
       None if the loader provides its outputs.
     loader: batches x (B,3,h,w), uint8 or float in [0,1], or (x, T(x)), repeated until
       `config.steps` updates are done; see `Crops`. To resume, its attribute `step` is set if it has
-      one; otherwise, batches that were used before are read again.
+      one; otherwise, the batches already used are read again and skipped.
     device: where both are moved. dtype: of the autocast around both; the student's weights stay
       float32.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
@@ -150,8 +150,8 @@ def teacher_gains(images, outputs, clean):
     restores the clean photo x_c that it was made from.
 
     images: x, (3,H,W) uint8. outputs: T(x), (3,H,W) in [0,1]. clean: x_c, (3,H,W) in [0,1]; three
-    iterables. Returns a list of floats. The gain needs no data beyond D4IR's. It is high if
-    x shows weather that the teacher was trained on, and low if x is clear or distorted otherwise.
+    iterables. Returns a list of floats. No extra data is needed. The gain is high if
+    x shows weather that the teacher was trained on, and low if x is clear or otherwise distorted.
     """
     mse = lambda a, b: max(1e-10, float((a.float() - b.float()).square().mean()))
     return [10 * math.log10(mse(x / 255, x_c) / mse(y, x_c))
@@ -225,7 +225,7 @@ def on_disk(images, folder):
             file.write(image.numpy().tobytes())
             shapes.append(tuple(image.shape))
         if len(set(shapes)) != 1:
-            raise ValueError(f"the images must have one size, not {sorted(set(shapes))}")
+            raise ValueError(f"the images must all have one size, not {sorted(set(shapes))}")
         return torch.from_numpy(np.memmap(file, image.numpy().dtype, "r+",
                                           shape=(len(shapes), *shapes[0])))
 

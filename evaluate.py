@@ -44,7 +44,7 @@ DEFINITIONS = ("PSNR in dB, peak 255; SSIM with an 11x11 Gaussian window, sigma 
 
 # ---------------------------------------------------------------- metrics
 
-def levels(image):
+def to_255(image):
     """(...,C,H,W) in [0,1] to [0,255], clamped. RGB is rounded, as in a saved PNG; luma (one
     channel) is not."""
     image = image.float().clamp(0, 1) * 255
@@ -61,7 +61,7 @@ def psnr(a, b):
     """PSNR in dB between two images (C,H,W) or (B,C,H,W) in [0,1], averaged over B; inf if they are
     equal. RGB is rounded to 8 bits; luma is not. Raises ValueError if the shapes differ."""
     a, b = check_images(a, b)
-    mse = (levels(a) - levels(b)).square_().mean((1, 2, 3), dtype=torch.float64)            # (B,)
+    mse = (to_255(a) - to_255(b)).square_().mean((1, 2, 3), dtype=torch.float64)            # (B,)
     return float((10 * torch.log10(255 ** 2 / mse)).mean())
 
 
@@ -82,7 +82,7 @@ def ssim(a, b):
         return x
 
     c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
-    for x, y in zip(levels(a).split(1, 1), levels(b).split(1, 1)):         # by channel saves memory
+    for x, y in zip(to_255(a).split(1, 1), to_255(b).split(1, 1)):         # by channel saves memory
         x, y = x.double(), y.double()                                       # (B,1,H,W)
         mx, my = blur(x), blur(y)
         vx, vy, cov = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
@@ -103,7 +103,7 @@ def check_images(a, b):
 
 def measure(image, truth):
     """All four metrics of an image (3,H,W) in [0,1] against its ground truth, as a dict."""
-    y, y_truth = rgb_to_y(levels(image) / 255), rgb_to_y(levels(truth) / 255)
+    y, y_truth = rgb_to_y(to_255(image) / 255), rgb_to_y(to_255(truth) / 255)
     values = psnr(image, truth), ssim(image, truth), psnr(y, y_truth), ssim(y, y_truth)
     return dict(zip(METRICS, values))
 
@@ -137,10 +137,10 @@ def means(rows):
 
 @torch.no_grad()
 def restore(model, image, tile=1024, overlap=64):
-    """Runs a model, in eval mode, on one photo (3,H,W) in [0,1], in float32. Returns the same.
+    """Runs a model in eval mode on one photo (3,H,W) in [0,1], in float32. Returns the output.
 
-    tile: a photo with a longer side, px, is restored in overlapping tiles, blended linearly; 0:
-      always whole. overlap: px, at most a quarter of the tile.
+    tile: px; photos larger than this are restored in overlapping tiles, blended linearly; 0:
+      never. overlap: px, at most a quarter of the tile.
     """
     device = device_of(model)
 
@@ -212,7 +212,7 @@ def restore_folder(model, source, folder, tile=1024):
             print(f"skipped: {error}", flush=True)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_png(to_pil_image(levels(restore(model, photo / 255, tile)).byte()), target)
+        write_png(to_pil_image(to_255(restore(model, photo / 255, tile)).byte()), target)
         written += 1
     if not written:
         raise ValueError(f"{source}: none of its photos can be read")
@@ -400,7 +400,7 @@ def match_files(degraded, truth, name):
     if unmatched[rule] or unused:
         unused = sorted(truths[stem].name for stem in unused)
         raise ValueError(f"{degraded} and {truth}: degraded photos without ground truth: "
-                         f"{abbreviate(unmatched[rule])}; ground truths without degraded photo: "
+                         f"{abbreviate(unmatched[rule])}; ground truths without a degraded photo: "
                          f"{abbreviate(unused)}")
     return [Pair(path, truths[rule(path.stem)], name) for path in inputs]
 
@@ -500,7 +500,7 @@ def figure(columns, path, side=256):
     """Writes a PNG with one column per entry of {title: [images (3,H,W) in [0,1]]}; each image is
     scaled to fit into side x side px."""
     def fit(image):
-        picture = to_pil_image(levels(image).byte())
+        picture = to_pil_image(to_255(image).byte())
         sharp = max(picture.size) <= side                  # keeps pixels visible
         return ImageOps.contain(picture, (side, side), Image.NEAREST if sharp else Image.BOX)
 

@@ -38,7 +38,7 @@ class LayerNorm2d(nn.LayerNorm):
 class ResidualBlock(nn.Module):
     """x + conv(relu(norm(conv(x)))), the block of EDSR (Lim et al. 2017) with a batch norm added.
 
-    The student's block. It moves far less memory per multiply-add than `NAFBlock`, whose layer
+    The student's block. It moves far less data per multiply-add than `NAFBlock`, whose layer
     norms, depthwise convolutions and means are memory-bound. The norm helps training (results/
     README.md) and costs nothing at inference: `Restorer.fold` merges it into the first convolution.
     """
@@ -346,7 +346,7 @@ def load_restorer(spec, device="cpu", multiple=1):
             config = json.loads((file.metadata() or {})["restorer"])
         counts = [config["middle"], len(config["encoder"]), *config["encoder"], *config["decoder"]]
         if min(*counts, config["window"]) < 0 or sum(counts) > len(state):
-            raise ValueError(f"negative numbers, or more blocks than the {len(state)} tensors")
+            raise ValueError(f"negative values, or more blocks than tensors ({len(state)})")
         with torch.device("meta"):                         # no allocation before the shapes match
             model = Restorer(**config)
         state = {key: value.float() for key, value in state.items()}
@@ -426,8 +426,8 @@ class ExternalRestorer(nn.Module):
 def build_network(file, name, arguments):
     """Imports FILE.py and calls its NAME with keyword literals such as '(a=1, b=[2, 3])'.
 
-    Its imports look in its own folder first. Other projects often have a `models.py` or a `demo` of
-    their own, and would find ours in sys.modules, so ours are removed in the meantime.
+    The file's imports are resolved in its own folder first. Other projects often have their own
+    `models.py` or `demo` and would find ours in sys.modules, so ours are removed temporarily.
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
@@ -475,7 +475,7 @@ def pop_own_modules():
 
 
 def read_weights(path):
-    """The state_dict in a .safetensors or torch file, plain or below one of the usual keys."""
+    """The state_dict in a .safetensors or torch file, plain or under one of the usual keys."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -519,7 +519,7 @@ def load_matching(model, state, source, assign=False):
 
 
 def has_bf16(device):
-    """Whether a device computes bf16 in hardware; emulated bf16 is slower than float32."""
+    """Whether a device supports bf16 in hardware; emulated bf16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()

@@ -4,7 +4,7 @@
 
 symbol   in code       shape, range
 x_d      degraded      (B,3,H,W) in [0,1], a web photo in bad weather; a and b are two crops of it
-                       (addition residual: of x_d - T(x_d))
+                       (with the addition `residual`: of x_d - T(x_d))
 A        adapter       the network trained here; Stable Diffusion stays frozen
 P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
 z_t      z_t           (B,C,h,w), latents of crop a, noised to level t in 0..T-1
@@ -50,7 +50,7 @@ class AdapterConfig:
     tokens: int = 0             # N, tokens per prompt; 0: the text encoder's maximum
     steps: int = 3000           # updates
     batch: int = 16             # photos per update and process, two crops of each
-    crop: int = 0               # px, side of the crops; 0: that of the synthesized images
+    crop: int = 0               # px, side of the crops; 0: same as the synthesized images
     lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
     temperature: float = 0.1    # tau (SimCLR: 0.1)
@@ -81,7 +81,7 @@ class AdapterConfig:
 class PromptAdapter(nn.Module):
     """A: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). The network is our choice.
 
-    Three convolutional scales, each summarised by the mean and standard deviation of its features
+    Three convolutional scales, each summarized by the mean and standard deviation of its features
     over the photo, because degradation is roughly uniform and content is not. Then a layer norm
     and an MLP.
 
@@ -131,12 +131,12 @@ class PromptAdapter(nn.Module):
         return prompts
 
 
-def downsample(inner, middle, outer):
-    """Two convolutions: (B,inner,H,W) to (B,outer,H/2,W/2). Zeros at the border would make the
+def downsample(c_in, c_mid, c_out):
+    """Two convolutions: (B,c_in,H,W) to (B,c_out,H/2,W/2). Zeros at the border would make the
     statistics, and with them the prompts, depend on the size of the crop."""
     reflect = dict(padding=1, padding_mode="reflect")
-    return nn.Sequential(nn.Conv2d(inner, middle, 3, **reflect), nn.SiLU(),
-                         nn.Conv2d(middle, outer, 3, stride=2, **reflect), nn.SiLU())
+    return nn.Sequential(nn.Conv2d(c_in, c_mid, 3, **reflect), nn.SiLU(),
+                         nn.Conv2d(c_mid, c_out, 3, stride=2, **reflect), nn.SiLU())
 
 
 def info_nce(query, key, queue, temperature, ignore=None):
@@ -189,12 +189,12 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
       (differentiable in the prompts), unet, alphas_cumprod, prediction_type, device and dtype.
     loader: batches (z_0 (B,C,h,w), a and b (B,3,H,W) uint8 or float in [0,1], photo numbers (B,)),
       repeated until `config.steps` updates are done; see `CropPairs`. To resume, its attribute
-      `step` is set if it has one; otherwise, batches that were used before are read again.
+      `step` is set if it has one; otherwise, the batches already used are read again and skipped.
     config: tokens, crop, batch and caption_base are not read here: the caller builds the adapter
       and the loader.
-    seed: of t and noise. With several processes, each needs a seed and batches of its own; the
-      negatives are the keys of all, and crops of equal photo numbers are not negatives. Batch norms
-      (additions residual and caption_base) are per process; call `update_norms` after training.
+    seed: of t and noise. With several processes, each needs its own seed and batches; the keys of
+      all processes are negatives, except those of crops with the same photo number. Batch norms
+      (additions `residual` and `caption_base`) are per process; call `update_norms` after training.
     checkpoint: path, written every `config.save_every` updates; training resumes from it.
     log: called with each report, {"stage", "step", "diffusion", "contrastive", "steps_per_s"}.
     Returns the last report; {} if training was already complete. Raises ValueError for an empty
@@ -292,7 +292,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
 
 
 class Gather(torch.autograd.Function):
-    """(B,...) of each of R processes to (R B,...), the same in all; gradients flow back to all."""
+    """Gathers (B,...) from R processes into (R B,...), the same in all; gradients reach all."""
 
     @staticmethod
     def forward(context, x):
@@ -355,11 +355,11 @@ def weather_weight(residual, z_0, strength):
 
 
 def update_norms(adapter, loader, step, batches=32):
-    """Additions residual and caption_base: recomputes the statistics of the batch norms, to be
-    called after `train_adapter` (precise batch norm, Wu and Johnson 2021).
+    """Additions `residual` and `caption_base`: recomputes the batch norms' statistics. Call it
+    after `train_adapter` (precise batch norm, Wu and Johnson 2021).
 
     Running statistics lag behind the weights: with them, the mean prompt deviated from the base by
-    0.2 to 2 times the length of the base; recomputed, by about 0.1.
+    0.2 to 2 times the norm of the base; with recomputed statistics, by about 0.1 times.
     loader: as for `train_adapter`; its batches from update `step` on are used.
     """
     device, rows = adapter.base.device, itertools.islice(batches_from(loader, step), batches)
@@ -371,7 +371,7 @@ def prompt_penalty(prompts, base):
     """Addition `penalty`: ||P - base||^2 / ||base||^2, mean over B. prompts: (B,N,d). base:
     (1,N,d), not zero. Returns a scalar.
 
-    Without it, the demo's prompts in rain end at a distance of 2.6 ||base|| from the base (with it,
+    Without it, the demo's rain prompts end up 2.6 ||base|| away from the base (with it, only
     0.8 ||base||), outside the distribution that the U-Net was trained on.
     """
     return (prompts - base).square().sum((1, 2)).mean() / base.square().sum()
@@ -394,7 +394,7 @@ class CropPairs:
     @torch.no_grad()
     def __init__(self, photos, sd, size, batch, seed=0, inputs=None):
         if size % (8 * sd.factor) or min((min(p.shape[1:]) for p in photos), default=0) < size:
-            raise ValueError(f"crops of {size} px need at least one photo, none smaller than that, "
+            raise ValueError(f"crops of {size} px need at least one photo, no smaller photos, "
                              f"and a size that is a multiple of {8 * sd.factor} px")
         self.inputs = photos if inputs is None else inputs
         self.size, self.batch, self.seed = size, batch, seed

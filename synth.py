@@ -40,7 +40,7 @@ class SynthConfig:
     batch: int = 16             # images per batch; guidance doubles the U-Net's batch
     size: int = 0               # px, side of the images; 0: Stable Diffusion's own size
     strength: float = 0.6       # t_s / T in (0,1]; higher: more degradation, less of the content
-    steps: int = 20             # U-Net evaluations, at any strength
+    steps: int = 20             # U-Net evaluations per trajectory, independent of strength
     guidance: float = 7.0       # w; 1: no guidance
     scheduler: str = "dpm"      # ODE solver: ddim, or dpm for DPM-Solver++(2M)
     negative_prompt: str = ""   # addition: text to guide away from; empty: the null prompt
@@ -73,7 +73,7 @@ def synthesize(clean, prompts, sd, config, generator=None):
     sd: a models.StableDiffusion, or anything with its encode (images to scaled latents), decode (to
       images in [0,1]), predict_noise(z_t, t, prompts), null_prompt(N) (1,N,d), alphas_cumprod (T,)
       > 0 on the CPU, and prediction_type. It moves its inputs to its device.
-    Raises ValueError for a size, a batch or a number of steps that does not fit, and if an addition
+    Raises ValueError for an unsuitable size, batch or number of steps, and if an addition
     is switched on.
     """
     if config.active_additions():
@@ -181,8 +181,8 @@ def choose_timesteps(total, strength, steps):
 @torch.no_grad()
 def synthesize_with_additions(clean, prompts, sd, config, generator=None):
     """`synthesize` with a negative prompt and, optionally, the anchor. The same shapes; `sd` also
-    needs text_prompt(text, tokens), (1,N,d), and device. Raises ValueError for a size, a batch or a
-    number of steps that does not fit."""
+    needs text_prompt(text, tokens), (1,N,d), and device. Raises ValueError for an unsuitable
+    size, batch or number of steps."""
     timesteps = choose_timesteps(len(sd.alphas_cumprod), config.strength, config.steps)
     negative = sd.text_prompt(config.negative_prompt, prompts.shape[1])         # (1,N,d)
     z_0 = sd.encode(clean)
@@ -199,7 +199,7 @@ def synthesize_with_additions(clean, prompts, sd, config, generator=None):
 def add_anchor(image, plain, clean):
     """Anchor: x = D(z_P) + a (x_c - D(z_-)). Adds back the detail that denoising loses.
 
-    image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns the same.
+    image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns x, of the same shape.
     Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts
     from the same noisy latents but is denoised with the negative prompt alone: it has lost the same
     detail, and shows no weather. a is the local contrast that survives the weather.
@@ -236,7 +236,7 @@ def draw_crops(photos, size, seed, indices, stream):
 @torch.no_grad()
 def synthesize_photos(clean, degraded, adapter, sd, config, generator=None):
     """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1].
-    adapter: in eval mode, on sd.device, which `sd` also needs."""
+    adapter: in eval mode, on sd.device (an attribute that `sd` also needs)."""
     prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
     if config.active_additions():
         return synthesize_with_additions(clean, prompts, sd, config, generator)
@@ -244,21 +244,21 @@ def synthesize_photos(clean, degraded, adapter, sd, config, generator=None):
 
 
 def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder, *, seed=0,
-                      rank=0, ranks=1):
+                      rank=0, world_size=1):
     """Writes `config.images` synthesized photos to folder/000000.png ...; keeps finished batches.
 
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
-    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). With addition residual, pass the
-      photos' residuals as degraded_photos.
+    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). With the addition `residual`,
+      pass the photos' residuals as degraded_photos.
     sd: as for `synthesize_photos`; if `config.size` is 0, it also needs size (px).
-    Process `rank` of `ranks` makes every `ranks`-th batch.
+    Process `rank` of `world_size` makes every `world_size`-th batch.
     Raises ValueError for images that are not finite, as can happen in fp16.
     """
     folder, size = Path(folder), config.size or sd.size
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:06d}.png" for i in range(config.images)]
     batches = [range(first, min(first + config.batch, config.images))
-               for first in range(rank * config.batch, config.images, ranks * config.batch)]
+               for first in range(rank * config.batch, config.images, world_size * config.batch)]
     pending = [indices for indices in batches if not all(paths[i].exists() for i in indices)]
     bar = tqdm(total=sum(map(len, pending)), desc="synth", unit="image",
                disable=True if rank else None)

@@ -374,8 +374,8 @@ def test_prompts_start_at_the_base_and_centered_ones_keep_it_as_their_mean():
 
 
 def test_prompts_do_not_depend_on_the_size_of_the_crop():
-    """With zeros at the border, the same grey gave other features in a crop of another size: all
-    prompts were shifted, by as much as captions differ, where crops grew from 64 to 96 px."""
+    """With zero padding, the same grey gave different features at different crop sizes: from 64 to
+    96 px, all prompts shifted by as much as captions differ from one another."""
     for residual in (False, True):
         adapter = prompt_adapter.PromptAdapter(32, 4, residual=residual).eval()
         nn.init.normal_(adapter.to_prompts[-1].weight)
@@ -688,7 +688,7 @@ def test_the_student_is_trained_on_the_selected_images(folders, tmp_path, monkey
 
 
 def test_gains_compare_each_image_with_its_own_clean_photo(folders, tmp_path):
-    """A synthesized image that equals its own clean photo has the gain of no error at all."""
+    """A synthesized image that equals its own clean photo has a strongly negative gain."""
     run = d4ir.Run(d4ir.parse(["--task", "desnow", "--seed", "3"]))
     clean = d4ir.load_photos(folders / "good", run.size, run, "--clean")
     crops = synth.draw_crops(clean, run.size, 3, range(4), 0)
@@ -1155,7 +1155,7 @@ def test_rgb_to_y_matches_matlab():
 
 
 def test_ssim_equals_a_sliding_window_loop():
-    a, b = (evaluate.levels(photo(i, 17, 14)).numpy().astype(float) for i in (1, 2))
+    a, b = (evaluate.to_255(photo(i, 17, 14)).numpy().astype(float) for i in (1, 2))
     ramp = np.arange(-5, 6)
     window = np.exp(-(ramp[:, None] ** 2 + ramp[None] ** 2) / (2 * 1.5 ** 2))
     window /= window.sum()
@@ -1251,7 +1251,7 @@ def test_ambiguous_and_unmatched_sets_are_rejected(tmp_path, monkeypatch):
             (make("a", "input/1.png", "input/2.png", "target/1.png"),
              r"without ground truth: 2.png \(1\)"),
             (make("b", "input/1.png", "target/1.png", "target/2.png"),
-             r"without degraded photo: 2.png \(1\)"),
+             r"without a degraded photo: 2.png \(1\)"),
             (make("c", "input/1.png", "rain/1.png", "gt/1.png"),
              "ambiguous layout.*input, rain"),
             (make("d", "input/1.png", "gt/1.png", "gt/1.jpg"), "1.jpg and 1.png share a name"),
@@ -1266,7 +1266,7 @@ def test_ambiguous_and_unmatched_sets_are_rejected(tmp_path, monkeypatch):
     assert [pair.set for pair in evaluate.find_pairs(".")] == ["h"]
 
 
-def test_several_sets_are_found_at_most_three_levels_down(tmp_path):
+def test_sets_are_found_up_to_three_levels_deep(tmp_path):
     for folder in ("L", "S/a", "x/y/z", "x/y/z/too_deep", "S/.hidden"):
         save(photo(0, 12, 12), tmp_path / folder / "input/1.png")
         save(photo(0, 12, 12), tmp_path / folder / "target/1.png")
@@ -1371,7 +1371,7 @@ def test_tiles_cover_a_photo_and_fade():
 
 
 @pytest.mark.parametrize("kind", demo.weather.KINDS)
-def test_tiled_and_whole_agree_on_a_large_photo(kind):
+def test_tiled_and_whole_restoration_agree_on_a_large_photo(kind):
     teacher = models.load_restorer(demo.WEIGHTS / "teacher.safetensors")
     rng = np.random.default_rng(5)
     image, depth = demo.scenes.render_scene(rng, 1024, 1024)
@@ -1681,7 +1681,7 @@ def test_restore_and_export(demo_run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a b.png", "c.png"]
     student = models.load_restorer(out / "student.safetensors")
     degraded = evaluate.read_image(tmp_path / "in/c.png")[None] / 255
-    expected = evaluate.levels(student(degraded)[0])
+    expected = evaluate.to_255(student(degraded)[0])
     assert (evaluate.read_image(tmp_path / "out/c.png") - expected).abs().max() <= 1
     done = run("--task", "desnow", "--stage", "export", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -1731,7 +1731,7 @@ def test_own_photos(own_photos, tmp_path):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["n_images"] == 4
 
 
-def test_photos_are_reduced_to_their_longer_side(tmp_path):
+def test_photos_are_resized_by_their_longer_side(tmp_path):
     """The shorter side is at least the crop; smaller photos are enlarged, strips are cropped."""
     picture = lambda height, width: torch.zeros(3, height, width, dtype=torch.uint8)
     for size, fitted in (((3000, 2000), (300, 200)), ((2000, 4000), (150, 300)),
@@ -1756,7 +1756,7 @@ def test_an_adapter_of_another_run(demo_run, own_photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (out / "adapter.safetensors").read_bytes() == adapter.read_bytes()
     assert (out / "adapter.png").exists() and (out / "metrics.json").exists()
-    assert f"additions: those of {adapter}\n" in done.stdout
+    assert f"additions: those in {adapter}\n" in done.stdout
     digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
     config = json.loads((out / "config.json").read_text())
     assert config["adapter"]["adapter_sha256"] == digest
@@ -1996,7 +1996,7 @@ def test_weights_that_are_not_finite_are_never_saved(sd, tmp_path):
 def test_a_non_finite_teacher_output_names_the_image(tmp_path):
     for i in range(2):
         save(photo(i, 40, 48) * (1 - i), tmp_path / f"synth/{i}.png")      # the second is black
-    run = argparse.Namespace(release=lambda *names: None, out=tmp_path, rank=0, ranks=1,
+    run = argparse.Namespace(release=lambda *names: None, out=tmp_path, rank=0, world_size=1,
                              distill=distill.DistillConfig(), device="cpu", dtype=torch.float32,
                              teacher=Lambda(lambda x: x / x.amax()))
     with pytest.raises(ValueError, match="teacher's output for image .*synth/1.png is not finite"):
@@ -2174,7 +2174,7 @@ def test_processes_divide_the_images(sd, tmp_path):
     adapter = prompt_adapter.PromptAdapter(sd.width, 4).eval()
     config = synth.SynthConfig(images=7, batch=2, steps=2)
     make = lambda folder, *rank: synth.synthesize_folder(
-        photos, photos, adapter, sd, config, folder, rank=rank[0], ranks=rank[1])
+        photos, photos, adapter, sd, config, folder, rank=rank[0], world_size=rank[1])
     make(tmp_path / "one", 0, 1)
     parts = []
     for rank in range(3):
@@ -2760,12 +2760,12 @@ def test_bench_of_the_recommended_run(monkeypatch):
     assert row["batch"] == 4 and row["gib"] == pytest.approx(2.6 + 4 * 0.85)
 
 
-def test_bench_stops_before_it_takes_too_much(monkeypatch):
+def test_bench_stops_before_time_or_memory_runs_out(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(os, "sysconf", lambda name: 2 ** 17)            # 16 GiB
     assert bench.reason_to_stop(dict(host_gib=7), 10, cpu, 30) is None
-    assert "over 30 s" in bench.reason_to_stop(dict(host_gib=7), 16, cpu, 30)
-    assert "over 16 GiB" in bench.reason_to_stop(dict(host_gib=9), 10, cpu, 30)
+    assert "more than 30 s" in bench.reason_to_stop(dict(host_gib=7), 16, cpu, 30)
+    assert "more than 16 GiB" in bench.reason_to_stop(dict(host_gib=9), 10, cpu, 30)
     assert bench.reason_to_stop(dict(host_gib=9), 10, gpu, 30) is None
 
 

@@ -52,7 +52,7 @@ def render_photo(photo):
 
 
 def ignore_signals():
-    """Initialises a worker process: only its parent handles Ctrl-C, and SIGTERM ends it at once."""
+    """Initializes a worker process: only its parent handles Ctrl-C, and SIGTERM ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,6 +1,6 @@
 """Trains the demo's weights: the mini-SD (VAE, U-Net and text encoder) and the teacher.
 
-    python -m demo.pretrain                      # all, in hours (demo/README.md); resumes
+    python -m demo.pretrain                      # everything, in hours (demo/README.md); resumes
     python -m demo.pretrain --stage teacher      # one of them
     python -m demo.pretrain --unet-steps 60000   # any field of `Pretraining` is an option
 
@@ -52,7 +52,7 @@ class Pretraining:
     unet_batch: int = 32
     unet_crop: int = 64             # px; the U-Net takes any size and is used at 96 px
     unet_lr: float = 4e-4
-    latent_scale: float = 1.5       # scaling factor of the latents; larger: content survives more
+    latent_scale: float = 1.5       # scaling factor of the latents; larger: survives more noise
     ema: float = 0.999              # decay of the moving average of the weights
     t_shift: float = -0.1           # mean of the logit-normal over t; below 0: less noise
     drop_caption: float = 0.1       # probability of the empty caption, the null prompt
@@ -162,9 +162,9 @@ def train_vae(config, work, device, autocast):
 def new_unet():
     """An untrained U-Net that is conditioned on its prompt twice.
 
-    In cross-attention, as in Stable Diffusion, and pooled, added to the timestep embedding, as in
-    DeepFloyd IF. With cross-attention alone, at a quarter of the latents' resolution, it hardly
-    learned to use the prompt in so short a training run.
+    Once through cross-attention, as in Stable Diffusion, and once pooled and added to the timestep
+    embedding, as in DeepFloyd IF. With cross-attention alone, at a quarter of the latents'
+    resolution, it hardly learned to use the prompt in such a short training run.
     """
     return UNet2DConditionModel(
         sample_size=48, in_channels=6, out_channels=6, block_out_channels=(48, 96, 128, 128),
@@ -216,7 +216,7 @@ def new_text(folder):
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=32, bos_token_id=start, eos_token_id=end,
         pad_token_id=end))
-    # Unit length: with CLIP's initialisation (0.2), embeddings of rare words hardly changed.
+    # Unit length: with CLIP's initialization (0.2), embeddings of rare words hardly changed.
     vectors = text.get_input_embeddings().weight
     vectors.data /= vectors.std() * vectors.shape[1] ** 0.5
     return tokenizer, text
@@ -314,7 +314,7 @@ def save_mini_sd(folder, vae, modules, tokenizer, scheduler):
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
-# ---------------------------------------------------------------- img2img, to look at the result
+# ---------------------------------------------------------------- samples by img2img
 
 def load_img2img(folder, device):
     """The img2img pipeline of diffusers for a mini-SD, without progress bars."""
@@ -353,7 +353,7 @@ def sample_figure(folder, path, device, strength=0.6):
 def train_teacher(config, work, device, autocast):
     """Trains one Restorer for all kinds of weather. Returns it and the training time in seconds.
 
-    Minimises the negative PSNR (as NAFNet does). In the same time, rain improved by 0.6 dB
+    Minimizes the negative PSNR (as NAFNet does). In the same time, rain improved by 0.6 dB
     with L1 and by 3.7 dB with this loss.
     """
     photos, _ = render_split(work / "original", "original", config.teacher_photos, KINDS,

@@ -1,8 +1,8 @@
 """Procedural scenes with a depth map: the demo's photos, before any weather.
 
-A pinhole camera sees sky, hills, ground, a street or houses, trees, cars and people; or overlapping
-textured shapes of all sizes (dead leaves: Lee et al. 2001), from which networks transfer to photos
-(Achddou et al. 2021, Baradad et al. 2021). Depth is in metres.
+A scene shows sky, hills, ground, a street or houses, trees, cars and people through a pinhole
+camera, or overlapping textured shapes of all sizes (dead leaves: Lee et al. 2001). Networks trained
+on such shapes transfer to photos (Achddou et al. 2021, Baradad et al. 2021). Depth is in metres.
 
 `render_scene` composes a scene. The functions above it draw one element each, onto a `Canvas`.
 """

@@ -40,7 +40,7 @@ class Weather:
     streak_opacity: tuple = (0.4, 0.9)
     veil: tuple = (0.0, 0.0)            # 1/m, density of the haze that accompanies rain and snow
     mixed: float = 0.0                  # probability of some snow in rain, or some rain in snow
-    exposure: float = 0.0               # maximum relative change of contrast; of brightness: 0.3 x
+    exposure: float = 0.0               # max. relative contrast change; brightness: 0.3 times that
     defocus: float = 0.0                # probability of a defocused scene behind sharp rain or snow
     blur: float = 0.0                   # px, maximum standard deviation of the lens blur
     noise: float = 0.0                  # maximum standard deviation of the sensor noise
@@ -60,7 +60,7 @@ WEB = Weather(
     streak_angle=(-35.0, 35.0), streak_opacity=(0.2, 0.6),
     veil=(0.0, 0.012), mixed=0.15, exposure=0.2, blur=0.6, noise=0.02, jpeg=(50, 95))
 
-# Covers most of both of the above, because Stable Diffusion's training data also covers both.
+# Covers most of both domains above, as Stable Diffusion's training data does.
 PRETRAINING = Weather(
     beta=(0.003, 0.045), airlight=(0.6, 1.0), tint=0.05, uneven=0.5,
     flake_cover=(0.01, 0.24), flake_size=(0.5, 2.4), flake_blur=(0.0, 6.0),

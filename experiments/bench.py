@@ -390,13 +390,14 @@ SIZES = (256, 512)
 BATCHES = {"adapter": (2, 4, 8, 16, 32), "synth": (1, 2, 4, 8, 16), "distill": (1, 2, 4, 8, 16)}
 # The recommended run: adapter steps (batch 16), images, distillation steps (batch 16).
 RECOMMENDED = {"adapter": 3000, "synth": 4000, "distill": 60000}
-# For computed hours: NVIDIA's dense bf16 TFLOP/s with fp32 accumulation; the share of it that each
-# stage reaches and the least time to launch a step's kernels, in seconds, both assumed.
+# To estimate hours: NVIDIA's dense bf16 TFLOP/s with fp32 accumulation, the share of it that each
+# stage reaches, and the minimum time to launch a step's kernels, in seconds; the last two are
+# assumed.
 GPUS = {"H100": 989, "A100": 312, "RTX 4090": 165, "RTX 3060": 25.5}
 SHARES = {"adapter": 0.28, "synth": 0.35, "distill": 0.1}
 LAUNCH_SECONDS = {"adapter": 0, "synth": 0, "distill": 0.03}
-# For computed memory of an adapter step, measured on an H200 (results/README.md): the fixed part,
-# and that of each photo of 512 px.
+# To estimate the memory of an adapter step: the fixed part and the part per photo of 512 px, both
+# measured on an H200 (results/README.md).
 FIXED_GIB, PHOTO_GIB = 2.6, 0.85
 CARDS_GIB, RESERVED_GIB = (8, 12, 24, 80), 1                # the reserve: CUDA, fragmentation
 
@@ -445,11 +446,11 @@ def reason_to_stop(cell, seconds, device, limit):
     if cell is None:
         return "out of memory"
     if 2 * seconds > limit:
-        return f"the next one would take over {limit:g} s"
+        return f"the next one would take more than {limit:g} s"
     if device.type == "cpu":
         ram_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
         if 2 * cell["host_gib"] > ram_gib:
-            return f"the next one could take over {ram_gib:.0f} GiB"
+            return f"the next one could need more than {ram_gib:.0f} GiB"
     return None
 
 
@@ -543,7 +544,7 @@ def make_run(arguments):
     """The run of d4ir.py with these flags, by default with ten steps per training call."""
     steps = ["--adapter-steps", "10", "--distill-steps", "10"]
     run = d4ir.Run(d4ir.parse(["--task", "desnow", *steps, *map(str, arguments)]))
-    if run.args.stage or run.args.restart or run.ranks > 1:
+    if run.args.stage or run.args.restart or run.world_size > 1:
         raise ValueError("--stage, --restart and torchrun are for d4ir.py only")
     d4ir.check_inputs(run)
     return run

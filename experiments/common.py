@@ -17,7 +17,7 @@ def make_parser(name, description, seeds=None):
     `parse_known_args`: the rest are the flags of d4ir.py."""
     parser = d4ir.Parser(prog=f"experiments.{name}", description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter,
-                         epilog="and the flags of d4ir.py (see python d4ir.py --help)")
+                         epilog="The flags of d4ir.py are also accepted (python d4ir.py --help).")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     if seeds:
         parser.add_argument("--seeds", type=d4ir.number(int, 1), default=3, help=f"{seeds} (3)")

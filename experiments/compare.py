@@ -41,7 +41,7 @@ class Row:
     """One source of training images. To add a baseline that is a list of images, add one entry to
     ROWS."""
     title: str
-    note: str                           # may name {captions}, {plain}, {used}, SynthConfig's fields
+    note: str                           # may use {captions}, {plain}, {used}, SynthConfig's fields
     images: Callable = None             # bench -> list of (3,H,W) uint8; unset in ablations
     adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
@@ -217,7 +217,7 @@ class Bench:
         return self.synthesize(name, adapter, distill=row.distill, **row.synth)
 
     def is_no_op(self, name):
-        """True for an ablation of what the task does not use."""
+        """True for an ablation that changes none of the task's settings."""
         row, run = ROWS[name], self.run
         changes = [(getattr(config, key), value) for config, settings in
                    ((run.adapter, row.adapter), (run.synth, row.synth), (run.distill, row.distill))
@@ -334,9 +334,10 @@ def compare(bench, names, seeds):
             continue
         stats = summary(bench.students(name, lambda: bench.images(name), seeds))
         own, shared = seconds(run.out / name), seconds(run.out / "d4ir")
-        took = {key: shared[key] for key in row.reuses if key in shared} | own
-        per_student = statistics.fmean(took[key] for key in took if key.startswith("student"))
-        total = per_student + took.get("adapter", 0) + took.get("synth", 0)
+        durations = {key: shared[key] for key in row.reuses if key in shared} | own
+        per_student = statistics.fmean(
+            durations[key] for key in durations if key.startswith("student"))
+        total = per_student + durations.get("adapter", 0) + durations.get("synth", 0)
         task = d4ir.TASKS[run.args.task]
         quoted = {"captions": task.captions, "plain": task.plain_captions()}
         quoted = {key: ", ".join(map(repr, texts)) for key, texts in quoted.items()}
@@ -344,8 +345,8 @@ def compare(bench, names, seeds):
         used = f", of which the best {share:.0%} are used" if share < 1 else ""
         stats |= {"minutes": total / 60,
                   "note": row.note.format(**quoted, used=used, **asdict(run.synth))}
-        if "synth" in took:
-            stats["images_per_s"] = run.synth.images / took["synth"]
+        if "synth" in durations:
+            stats["images_per_s"] = run.synth.images / durations["synth"]
         rows.append({"source": name} | stats | read_gain(run.out / name))
     psnr = {row["source"]: row["psnr_rgb"]["mean"] for row in rows}
     if psnr.get("original", 0) > psnr["input"]:
@@ -484,7 +485,7 @@ def make_bench(arguments, original=None, many_photos=False):
     args = run.args
     if args.out == Path("runs") / args.task:
         args.out = run.out = Path("runs/compare") / args.task
-    if args.stage or args.restart or args.adapter_file or run.ranks > 1:
+    if args.stage or args.restart or args.adapter_file or run.world_size > 1:
         raise ValueError("--stage, --restart, --adapter and torchrun are for d4ir.py only")
     original = original and original.resolve()
     if original and not original.is_dir():
@@ -514,7 +515,7 @@ def main(argv=None):
     names = [name for row in own.rows for name in GROUPS.get(row, (row,))]
     if "original" in names and not own.sweep and not bench.has_original():
         names.remove("original")
-        run.log("no --original: skipping the row of the original data and the shares")
+        run.log("no --original: skipping the row 'original data' and the column 'share'")
 
     result = {"task": args.task, "seeds": own.seeds, "n_images": len(run.pairs)}
     if own.sweep:

@@ -13,8 +13,8 @@ R continues from the mixture with the remaining levels of the teacher, from D_T(
 student, from D_S(z). Simplified: one level per update, one network for all of the remaining levels,
 1x1 convolutions as encoders E and decoders D.
 
-Takes the flags of d4ir.py and the images of experiments.compare's row `d4ir`; for `Restorer`
-teachers.
+Takes the flags of d4ir.py, uses the images of experiments.compare's row `d4ir`, and supports only
+`Restorer` teachers.
 """
 import random
 from contextlib import contextmanager, nullcontext

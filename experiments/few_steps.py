@@ -13,8 +13,8 @@ ones with the negative prompt:
 
 z^_t', z_t': z_next^ and z_next with the same noise at a small t'; only in the last step.
 Simplified: no adversarial loss. As in progressive distillation (Salimans and Ho 2022), each of
-two steps covers half of the way. The copy needs no guidance: per image, 2 U-Net evaluations, or 4
-with the anchor, in place of 20 or 30.
+two steps covers half of the trajectory. The copy needs no guidance: 2 U-Net evaluations per image,
+or 4 with the anchor, instead of 20 or 30.
 
 Takes the flags of d4ir.py; the prompts are those of experiments.compare's row `d4ir`.
 """
@@ -115,10 +115,10 @@ def row(bench, name, adapter, seeds, **settings):
     images = lambda: bench.synthesize(name, adapter, **settings)
     metrics = summary(bench.students(name, images, seeds))
     folder = bench.run.out / name
-    took = seconds(folder)
+    durations = seconds(folder)
     return metrics | read_gain(folder) | {
-        "images_per_s": bench.run.synth.images / took["synth"],
-        "unet_minutes": took.get("unet", 0) / 60}
+        "images_per_s": bench.run.synth.images / durations["synth"],
+        "unet_minutes": durations.get("unet", 0) / 60}
 
 
 def main(argv=None):
@@ -126,7 +126,7 @@ def main(argv=None):
     parser.add_argument("--evaluations", type=int, choices=(1, 2, 5), default=2,
                         help="steps per image (2)")
     parser.add_argument("--time-aware", type=d4ir.number(float, 0), default=1.0, metavar="A",
-                        help="weight a of the scores' distance (1)")
+                        help="a, weight of the distance between scores (1)")
     own, rest = parser.parse_known_args(argv)
     bench = make_bench(rest)
     run, steps, adapter = bench.run, own.evaluations, bench.adapter("d4ir")

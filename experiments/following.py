@@ -18,8 +18,8 @@ crops of one degraded photo, which may overlap. With 384 images, the standard er
 is about 0.05.
 
 "contrast" tests the adapter's embedding on weather and scenes that it was not trained on (demo
-photos only): how often a crop is nearest to the other crop of its photo, among 128 photos, and how
-often it is nearer to the same weather in another scene than to other weather in the same scene.
+photos only): how often the nearest of 128 crops is the one from the same photo, and how often a
+crop is nearer to the same weather in another scene than to other weather in the same scene.
 """
 import json
 

@@ -9,7 +9,7 @@ have a low-rank term for each task, trained together with them:
     W_k = W + B_k A_k,    k: the task; B_k (out,r), A_k (r,in 3 3)
 
 Simplified: all 3x3 convolutions of the residual blocks have this term; each task also has its own
-norms, first and last convolution. W_k is computed once, so that inference costs the same.
+norms and first and last convolutions. W_k is computed once, so that inference costs the same.
 
 Takes the flags of d4ir.py except --task, which is `all`. Both students are trained on
 the images of a row of experiments.compare, for the same number of updates and crops.
