@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -747,7 +748,9 @@ def write_text(path, text):
 def interrupt(number, frame):
     """Handles SIGINT and SIGTERM. Exiting is safe at any point, because every file is first
     written under a temporary name."""
-    sys.stderr.write("\n" * sys.stderr.isatty()           # below a progress bar
+    for worker in multiprocessing.active_children():        # they would report broken pipes
+        worker.terminate()
+    sys.stderr.write("\n" * sys.stderr.isatty()             # below a progress bar
                      + "interrupted; rerun the same command, without --restart, to resume\n")
     sys.stderr.flush()
     os._exit(128 + number)                                  # an exception could be swallowed

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -2086,14 +2087,19 @@ def test_a_run_folder_is_used_by_one_process_at_a_time(own_photos, tmp_path):
 
 
 @posix
-def test_signals_set_the_exit_code_and_print_one_line(capfd):
+def test_signals_set_the_exit_code_and_print_one_line(capfd, tmp_path):
     class Finalizer:                                       # Python discards its exceptions
         def __del__(self):
             os.kill(os.getpid(), number)
             time.sleep(9)
 
+    def render():                                          # worker processes end silently, too
+        threading.Timer(1, os.kill, [os.getpid(), number]).start()
+        demo.photos.write_photos(tmp_path / str(number), ("snow",))
+
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        for main in (lambda: (os.kill(os.getpid(), number), time.sleep(9)), Finalizer):
+        for main in (lambda: (os.kill(os.getpid(), number), time.sleep(9)), Finalizer,
+                     render):
             child = os.fork()
             if child == 0:
                 signal.signal(number, signal.default_int_handler)   # SIGINT may be ignored here
