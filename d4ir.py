@@ -217,21 +217,24 @@ STAGES = {"adapter": adapter_stage, "synth": synth_stage, "distill": distill_sta
 
 # ---------------------------------------------------------------- what the stages need
 
+@torch.no_grad()
 def adapter_figure(run, adapter):
-    """adapter.png: the same clean photo and noise, denoised with the base prompt and with the
-    prompts of several degraded photos."""
+    """adapter.png: one clean photo with one noise sample, denoised with the plain captions and with
+    the prompts of several degraded photos."""
     seed = run.args.seed
     degraded = draw_crops(run.degraded, run.size, seed, range(5), 1)            # (5,3,H,W)
     inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, range(5), 1)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
+    captions = run.sd.text_prompt(TASKS[run.args.task].plain_captions(), adapter.base.shape[1])
 
-    def images(prompter):
-        return [synthesize_photos(clean, x[None], prompter, run.sd, run.synth,
-                                 torch.Generator().manual_seed(seed))[0] for x in inputs]
+    def images(prompts):
+        return [synthesize_photos(clean, inputs[:1], lambda _: prompt[None], run.sd, run.synth,
+                                  torch.Generator().manual_seed(seed))[0] for prompt in prompts]
 
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
-            "from the base prompt": images(lambda x: adapter.base),
-            "from the learned prompt": images(adapter)}, run.out / "adapter.png")
+            "from a plain caption": images(captions[torch.arange(5) % len(captions)]),
+            "from the learned prompt": images(adapter(inputs.to(run.device)))},
+           run.out / "adapter.png")
 
 
 def clean_crops(run, files, clean):
