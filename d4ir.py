@@ -226,15 +226,19 @@ def adapter_figure(run, adapter):
     inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, range(5), 1)
     clean = draw_crops(run.clean, run.size, seed, [0], 0)                       # (1,3,H,W)
     captions = run.sd.text_prompt(TASKS[run.args.task].plain_captions(), adapter.base.shape[1])
-
-    def images(prompts):
-        return [synthesize_photos(clean, inputs[:1], lambda _: prompt[None], run.sd, run.synth,
-                                  torch.Generator().manual_seed(seed))[0] for prompt in prompts]
-
+    captions = captions[torch.arange(5) % len(captions)]                        # (5,N,d)
     figure({"clean": clean.expand_as(degraded), "degraded": degraded,
-            "from a plain caption": images(captions[torch.arange(5) % len(captions)]),
-            "from the learned prompt": images(adapter(inputs.to(run.device)))},
+            "from a plain caption": synthesize_each(run, clean, captions),
+            "from the learned prompt": synthesize_each(run, clean, adapter(inputs.to(run.device)))},
            run.out / "adapter.png")
+
+
+def synthesize_each(run, clean, prompts):
+    """Images (3,H,W) of one clean photo (1,3,H,W) and one noise sample, for each of the prompts
+    (n,N,d)."""
+    return [synthesize_photos(clean, clean, lambda _: prompt[None], run.sd, run.synth,
+                              torch.Generator().manual_seed(run.args.seed))[0]
+            for prompt in prompts]
 
 
 def clean_crops(run, files, clean):

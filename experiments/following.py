@@ -141,16 +141,12 @@ def following_figure(run, adapter, captions, indices, path):
     clean = draw_crops(run.clean, run.size, seed, [0], 0)
     degraded = draw_crops(run.degraded, run.size, seed, indices, 1)
     inputs = draw_crops(run.adapter_inputs(adapter), run.size, seed, indices, 1)
-    prompts = {"from its learned prompt": [adapter(x[None].to(run.device)) for x in inputs]}
+    columns = {"degraded": degraded,
+               "from its learned prompt": d4ir.synthesize_each(
+                   run, clean, adapter(inputs.to(run.device)))}
     if captions:
-        prompts["from its exact caption"] = [
-            run.sd.text_prompt(captions[i], run.adapter.tokens) for i in indices]
-    columns = {"degraded": degraded}
-    for title, values in prompts.items():
-        columns[title] = [
-            synthesize_photos(clean, x[None], lambda _: prompt, run.sd, run.synth,
-                             torch.Generator().manual_seed(seed))[0]
-            for x, prompt in zip(degraded, values)]
+        exact = run.sd.text_prompt([captions[i] for i in indices], run.adapter.tokens)
+        columns["from its exact caption"] = d4ir.synthesize_each(run, clean, exact)
     figure(columns, path)
 
 
