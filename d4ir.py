@@ -1,4 +1,4 @@
-"""D4IR: distils a large weather-restoration network into a small one without its training data.
+"""D4IR: distils a large image-restoration network into a small one without its training data.
 
     python d4ir.py --task desnow                      # bundled demo: no download, no GPU
     python d4ir.py --task desnow --no-additions --out runs/paper      # the paper's method alone
@@ -172,7 +172,7 @@ def distill_stage(run):
         chosen = select_best(gains, run.distill.select)
         images = [images[i] for i in chosen]
         targets = targets if targets is None else [targets[i] for i in chosen]
-    run.release("clean")
+    run.release("clean", "sd")          # `size` loads sd if this stage runs alone
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
     student = run.new_student(crop)
@@ -365,9 +365,9 @@ def make_parser():
         help="longer side to which larger photos of --degraded and --clean are downscaled: rain "
              "and snow should have the same scale as in the teacher's training photos (1024)")
     add("--adapter", dest="adapter_file", type=Path, metavar="FILE",
-        help="use the adapter.safetensors of another run instead of training one; its Stable "
-             "Diffusion must have the same prompt width and, if it uses residuals, its teacher "
-             "must be the same; --tokens and --adapter-* are ignored")
+        help="use the adapter.safetensors of another run instead of training one; its prompt "
+             "width must match --sd and, if it uses residuals, its teacher must match --teacher; "
+             "--tokens and --adapter-* are ignored")
     add("--teacher", default=teacher, metavar="SPEC",
         help="a .safetensors file of this project, or FILE.py:NAME@WEIGHTS (the demo's teacher)")
     add("--teacher-multiple", type=number(int, 1), default=1, metavar="N",
@@ -494,7 +494,7 @@ class Run:
         return Restorer(self.args.student_width, window=crop, block=self.args.student_block,
                         norm=True)
 
-    @property
+    @cached_property
     def size(self):
         """px, side of the synthesized images."""
         return self.args.size or self.sd.size
@@ -506,9 +506,11 @@ class Run:
 
     def additions(self):
         """Names of the additions that are switched on."""
-        file = self.args.adapter_file
-        adapter = [f"those in {file}"] if file else self.adapter.active_additions()
-        return adapter + self.synth.active_additions() + self.distill.active_additions()
+        file, configs = self.args.adapter_file, [self.synth, self.distill]
+        names = [f"those in {file}"] if file else []
+        for config in configs if file else [self.adapter, *configs]:
+            names += [name for name, off in config.ADDITIONS.items() if getattr(config, name) != off]
+        return names
 
     def log(self, text):
         if self.is_main:
@@ -639,9 +641,9 @@ def check_diffusion(run):
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
                        and args.strength == args.steps / 4)
     if sd.timestep_spacing == "trailing" and not suits_few_steps:
-        run.log(f"warning: {args.sd} uses trailing timesteps, as few-step models do. If it is one "
-                "(such as sd-turbo), use --scheduler ddim --guidance 1 --steps K --strength K/4, "
-                "with K from 1 to 4")
+        run.log(f"warning: {args.sd} uses trailing timestep spacing, as few-step models do. If it "
+                "is one (such as sd-turbo), use --scheduler ddim --guidance 1 --steps K "
+                "--strength K/4, with K from 1 to 4")
 
 
 def check_adapter(run, file):
@@ -677,7 +679,7 @@ def check_run_folder(run):
     if run.is_main:
         run.out.mkdir(parents=True, exist_ok=True)
         run.lock = lock_folder(run.out)
-        # Last stage first: if killed halfway, no old student may remain beside a new adapter.
+        # Last stage first: an interruption must not leave an old student beside a new adapter.
         for path in (run.out / name for stage in reversed(redo) for name in PRODUCTS[stage]):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -696,14 +698,14 @@ def read_settings(run):
     """{stage: settings} in the folder's config.json; None for a new folder. Raises ValueError if
     stages have started but their settings cannot be read."""
     file = run.out / "config.json"
+    if not file.exists() and not any(map(run.has_started, STAGES)):
+        return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         return {stage: dict(settings[stage]) for stage in STAGES}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        if file.exists() or any(map(run.has_started, STAGES)):
-            raise ValueError(f"{run.out} contains files but no valid config.json; choose "
-                             "another --out") from None
-        return None
+        raise ValueError(f"{run.out} contains files but no valid config.json; choose "
+                         "another --out") from None
 
 
 def lock_folder(folder):

@@ -3,10 +3,10 @@
     loss = mean |S(x) - T(x)|
 
 symbol   in code            shape, range
-x        x                  (B,3,h,w) in [0,1], random crops of the synthesized photos
+x        x                  (B,3,h,w) in [0,1], random crops of the synthesized images
 T, S     teacher, student   (B,3,h,w) -> (B,3,h,w); T is clamped to [0,1]
 
-There is no ground truth, and no other loss. L1 is our choice of a pixel-wise loss. Our addition,
+There is no ground truth, and no other loss. L1 is our choice of pixel-wise loss. Our addition,
 `select`, chooses the images before the training starts.
 """
 import io
@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 @dataclass
 class DistillConfig:
-    """PKD settings. All values are our choice, for large photos; not tested on them."""
+    """PKD settings. All values are our choice, for large photos; untested on them."""
     steps: int = 60000          # updates
     batch: int = 16             # crops per update and process
     crop: int = 0               # px; 0: two thirds of the images' side, at most 256
-    lr: float = 2e-3            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 1 %
+    lr: float = 2e-3            # peak learning rate of AdamW; 5% warm-up, then cosine to 1%
     keep_teacher: bool = True   # compute T(x) once per image and store it; off: for every crop
     save_every: int = 100       # updates between reports, which also write a checkpoint
     select: float = 1.0         # addition: fraction of images used: those with the highest gain
@@ -41,10 +41,6 @@ class DistillConfig:
     def __post_init__(self):
         if not 0 < self.select <= 1:
             raise ValueError(f"select must be in (0, 1], not {self.select}")
-
-    def active_additions(self):
-        """Names of the additions that are switched on."""
-        return [name for name, off in self.ADDITIONS.items() if getattr(self, name) != off]
 
     def crop_size(self, side):
         """px, side of the crops from images of this side."""
@@ -84,11 +80,11 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
     distributed = dist.is_initialized()
     is_main = not distributed or dist.get_rank() == 0
     model = nn.parallel.DistributedDataParallel(student) if distributed else student
-    bar = tqdm(total=config.steps, initial=start, desc="distill", unit="step",
+    bar = tqdm(range(start, config.steps), "distill", config.steps, initial=start, unit="step",
                disable=None if is_main else True)
     total, count, clock = torch.zeros((), device=device), 0, time.time()
 
-    for step, batch in zip(range(start, config.steps), batches_from(loader, start)):
+    for step, batch in zip(bar, batches_from(loader, start)):
         # Batch.
         x, *targets = batch if isinstance(batch, (tuple, list)) else [batch]
         x = to_device(x, device).contiguous(memory_format=torch.channels_last)
@@ -115,7 +111,6 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
         # Report.
         total += loss.detach()
         count += 1
-        bar.update()
         if (step + 1) % config.save_every and step + 1 < config.steps:
             continue
         l1 = float(total) / count                               # GPU sync point
@@ -133,13 +128,12 @@ def distill(teacher, student, loader, config, *, device="cpu", dtype=torch.float
         if checkpoint and is_main:
             state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
             save_state(state, checkpoint)
-    bar.close()
     student.eval()
     return l1
 
 
 def learning_rate(progress):
-    """Fraction of the peak at progress in [0,1]: 5 % linear warm-up, then cosine to 1 %."""
+    """Fraction of the peak at progress in [0,1]: 5% linear warm-up, then cosine to 1%."""
     return min(1.0, progress / 0.05 + 0.02) * (0.505 + 0.495 * math.cos(math.pi * progress))
 
 
@@ -251,8 +245,8 @@ def batches_from(loader, step):
             else:
                 yield batch
         if batch is None:
-            raise ValueError("the loader yielded no batch: it is empty, or an iterator, which can "
-                             "be read only once")
+            raise ValueError("the loader yielded no batch: it is empty, or an iterator that is "
+                             "already exhausted")
 
 
 def to_device(x, device):

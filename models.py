@@ -2,7 +2,7 @@
 
 symbol      in code            shape, range
 x           image              (B,3,H,W) in [0,1]
-z = E(x)    sd.encode          (B,C,H/f,W/f), scaled to about unit variance by the VAE's own factor
+z = E(x)    sd.encode          (B,C,H/f,W/f), scaled to about unit variance
 D(z)        sd.decode          (B,3,H,W) in [0,1]
 eps_theta   sd.predict_noise   (z_t, t, prompts) -> (B,C,H/f,W/f): eps or v, depending on the model
 P           prompts            (B,N,d), d = the U-Net's cross-attention width
@@ -12,7 +12,6 @@ import copy
 import importlib.util
 import json
 import os
-import pickle
 import re
 import sys
 from dataclasses import dataclass
@@ -201,7 +200,7 @@ class StableDiffusion:
 
     @property
     def max_tokens(self):
-        """The longest prompt that the text encoder takes."""
+        """The text encoder's maximum prompt length, in tokens."""
         return self.text_encoder.config.max_position_embeddings
 
     @property
@@ -481,13 +480,13 @@ def read_weights(path):
     try:
         is_safetensors = path.suffix == ".safetensors"
         state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        kind = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path}: refused, because it holds more than tensors and plain values "
-                         f"({kind[1] if kind else 'unknown'}), and reading it could run code; save "
-                         "only its state_dict") from None
     except Exception as error:                             # zip, pickle and safetensors errors
-        raise ValueError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))      # what weights_only=True refuses
+        if code:
+            raise ValueError(f"{path}: refused: it contains {code[1]}, and loading that could run "
+                             "code; save only its state_dict") from None
+        reason = str(error).rpartition("WeightsUnpickler error:")[2] or error
+        raise ValueError(f"{path}: not a readable checkpoint ({first_line(reason)})") from None
     state = state if isinstance(state, dict) else {}
     for key in ("params_ema", "params", "state_dict", "model"):
         if isinstance(state.get(key), dict):

@@ -14,8 +14,8 @@ q, k     query, key    (B,D), unit length: embeddings of the two crops
 tau      temperature   scalar
 
 Contrastive pairs: two crops of one photo share its degradation (positive); crops b of the other
-photos in the batch, in all processes, are the negatives. InfoNCE with negatives from the batch (as
-in SimCLR, Chen et al. 2020) is our choice of a contrastive loss. Our additions are marked.
+photos in the batch, in all processes, are the negatives. InfoNCE with in-batch negatives (as in
+SimCLR, Chen et al. 2020) is our choice of contrastive loss. Our additions are marked.
 Standalone use:
 
     adapter = PromptAdapter(sd.width, tokens=77, base=sd.null_prompt(77))
@@ -51,11 +51,11 @@ class AdapterConfig:
     steps: int = 3000           # updates
     batch: int = 16             # photos per update and process, two crops of each
     crop: int = 0               # px, side of the crops; 0: same as the synthesized images
-    lr: float = 1e-4            # peak of AdamW's learning rate; 5 % warm-up, then cosine to 10 %
+    lr: float = 1e-4            # peak learning rate of AdamW; 5% warm-up, then cosine to 10%
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
     temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
-    residual: bool = False      # addition: the adapter sees what the teacher removes, x_d - T(x_d)
+    residual: bool = False      # addition: its input is what the teacher removes, x_d - T(x_d)
     weather_weight: float = 0.0  # addition: the diffusion loss is weighted by 1 + this * |residual|
     caption_base: bool = False  # addition: prompts are centred on the plain captions' mean
     penalty: float = 0.0        # addition: weight of ||P - base||^2 / ||base||^2 in the loss
@@ -70,10 +70,6 @@ class AdapterConfig:
         if self.weather_weight and not self.residual:
             raise ValueError("weather_weight needs residual: switch it on (--adapter-residual) "
                              "or set --adapter-weather-weight 0")
-
-    def active_additions(self):
-        """Names of the additions that are switched on."""
-        return [name for name, off in self.ADDITIONS.items() if getattr(self, name) != off]
 
 
 # ---------------------------------------------------------------- the adapter and its losses
@@ -132,8 +128,8 @@ class PromptAdapter(nn.Module):
 
 
 def downsample(c_in, c_mid, c_out):
-    """Two convolutions: (B,c_in,H,W) to (B,c_out,H/2,W/2). Zeros at the border would make the
-    statistics, and with them the prompts, depend on the size of the crop."""
+    """Two convolutions: (B,c_in,H,W) to (B,c_out,H/2,W/2). Zero padding would make the statistics,
+    and hence the prompts, depend on the size of the crop."""
     reflect = dict(padding=1, padding_mode="reflect")
     return nn.Sequential(nn.Conv2d(c_in, c_mid, 3, **reflect), nn.SiLU(),
                          nn.Conv2d(c_mid, c_out, 3, stride=2, **reflect), nn.SiLU())
@@ -205,8 +201,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         raise ValueError(f"residual is {config.residual} in the config but "
                          f"{adapter.config['residual']} in the adapter")
     if config.penalty and not adapter.base.any():
-        raise ValueError("a penalty needs a base that is not zero: pass PromptAdapter the null "
-                         "prompt, or another one")
+        raise ValueError("a penalty needs a base that is not zero: pass one to PromptAdapter, "
+                         "such as the null prompt")
     device = sd.device
     sd.unet.requires_grad_(False).eval()
     adapter.to(device, memory_format=torch.channels_last).train()
@@ -223,11 +219,11 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     distributed = dist.is_initialized()
     is_main = not distributed or dist.get_rank() == 0
     model = nn.parallel.DistributedDataParallel(adapter) if distributed else adapter
-    bar = tqdm(total=config.steps, initial=start, desc="adapter", unit="step",
+    bar = tqdm(range(start, config.steps), "adapter", config.steps, initial=start, unit="step",
                disable=None if is_main else True)
     sums, count, clock = torch.zeros(2, device=device), 0, time.time()
 
-    for step, batch in zip(range(start, config.steps), batches_from(loader, start)):
+    for step, batch in zip(bar, batches_from(loader, start)):
         # Batch: two crops of each photo, and the latents of crop a.
         z_0, a, b, photo = (to_device(x, device) for x in batch)
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
@@ -267,7 +263,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         # Report.
         sums += torch.stack([diffusion.detach(), contrastive.detach()])
         count += 1
-        bar.update()
         if (step + 1) % config.save_every and step + 1 < config.steps:
             continue
         losses = dict(zip(("diffusion", "contrastive"), (sums / count).tolist()))   # GPU sync point
@@ -286,7 +281,6 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
         if checkpoint and is_main:
             state = {name: part.state_dict() for name, part in parts.items()}
             save_state(state | dict(step=step + 1), checkpoint)
-    bar.close()
     adapter.eval()
     return report
 
@@ -308,7 +302,7 @@ class Gather(torch.autograd.Function):
 
 
 def learning_rate(progress):
-    """Fraction of the peak at progress in [0,1]: 5 % linear warm-up, then cosine to 10 %."""
+    """Fraction of the peak at progress in [0,1]: 5% linear warm-up, then cosine to 10%."""
     return min(1.0, progress / 0.05 + 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
@@ -388,7 +382,7 @@ class CropPairs:
     The latents are computed once and then cropped: re-encoding every crop made a step take 1.67
     times as long. Crop b is the one of eight candidates that is farthest from a. Mirroring and the
     choice of b are ours. inputs: addition, the photos' residuals (`residuals`), from which a and b
-    are then cropped. Raises ValueError for another size, smaller photos, or none.
+    are then cropped. Raises ValueError for an invalid size, for smaller photos, or without photos.
     """
 
     @torch.no_grad()
@@ -451,8 +445,8 @@ def batches_from(loader, step):
             else:
                 yield batch
         if batch is None:
-            raise ValueError("the loader yielded no batch: it is empty, or an iterator, which can "
-                             "be read only once")
+            raise ValueError("the loader yielded no batch: it is empty, or an iterator that is "
+                             "already exhausted")
 
 
 def to_device(x, device):

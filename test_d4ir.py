@@ -683,7 +683,11 @@ def test_the_student_is_trained_on_the_selected_images(folders, tmp_path, monkey
                "--test", folders / "test", "--student-width", "4", *TINY, "--images", "4",
                "--distill-select", "0.5", "--no-adapter-residual", "--adapter-weather-weight", "0",
                "--stage", "adapter", "synth", "distill", "--out", tmp_path]
-    d4ir.main(list(map(str, command)))
+    loads, load = [], d4ir.load_stable_diffusion
+    monkeypatch.setattr(d4ir, "load_stable_diffusion",
+                        lambda *arguments: loads.append(arguments) or load(*arguments))
+    run = d4ir.main(list(map(str, command)))
+    assert len(loads) == 1 and "sd" not in vars(run)               # freed, and not loaded again
     chosen = [evaluate.read_image(tmp_path / f"synth/{i:06d}.png") for i in (1, 2)]
     assert torch.equal(used[0], torch.stack(chosen))
 
@@ -1031,13 +1035,15 @@ def test_unusable_teachers_are_rejected(network):
                folder / "code.pth")
     torch.save({"a": 1}, folder / "none.pth")
     (folder / "rubbish.pth").write_bytes(b"rubbish")
+    (folder / "page.pth").write_bytes(b"<!DOCTYPE html>")           # a failed download
     (folder / "rubbish.safetensors").write_bytes(b"rubbish")
     (folder / "broken.py").write_text("import nothing_of_this_name")
     for bad, message in (
-            (spec("Net", "code.pth"), "refused"),
+            (spec("Net", "code.pth"), "refused: it contains argparse.Namespace"),
             (spec("Net", "none.pth"), "no state_dict"),
             (spec("Net", "no.pth"), "no such file"),
             (spec("Net", "rubbish.pth"), "not a readable"),
+            (spec("Net", "page.pth"), "not a readable"),
             (spec("Net", "rubbish.safetensors"), "not a readable"),
             (spec("Absent"), "Absent"),
             (spec("Net(4)"), "keyword literals"),
