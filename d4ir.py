@@ -509,7 +509,8 @@ class Run:
         file, configs = self.args.adapter_file, [self.synth, self.distill]
         names = [f"those in {file}"] if file else []
         for config in configs if file else [self.adapter, *configs]:
-            names += [name for name, off in config.ADDITIONS.items() if getattr(config, name) != off]
+            for name, off in config.ADDITIONS.items():
+                names += [name] if getattr(config, name) != off else []
         return names
 
     def log(self, text):

@@ -306,7 +306,7 @@ def load_network(kind, source, name, **options):
 
 
 def load_part(kind, source, name, **options):
-    """Loads one part of a Stable Diffusion; ValueError if it is missing, broken or of another
+    """Loads one part of a Stable Diffusion model; ValueError if it is missing, broken or of another
     kind. Some repositories have fp16 files only."""
     failure = None
     for variant in ({}, {"variant": "fp16"}):

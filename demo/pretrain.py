@@ -95,9 +95,9 @@ def haar_latents(x):
 
     For each 2x2 px: the mean and the horizontal, vertical and diagonal differences of luma (Haar),
     and the means of two chroma channels, doubled. A VAE without this target gives all channels
-    about the same variance, so that noise destroys coarse and fine detail together. Here, as in the
-    spectrum of photos, coarse detail survives more noise than fine detail, and shifting a flake by
-    an even number of px shifts its latents. The U-Net's training computes them with one
+    about the same variance, so that noise hides coarse and fine detail at the same level. Here, as
+    in the spectrum of photos, coarse detail survives more noise than fine detail, and shifting a
+    flake by an even number of px shifts its latents. The U-Net's training computes them with one
     convolution.
     """
     haar = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
@@ -302,7 +302,7 @@ def scaled_latents(images, config, device):
 
 
 def save_mini_sd(folder, vae, modules, tokenizer, scheduler):
-    """Writes a Stable Diffusion in diffusers' folder layout, fp16 safetensors."""
+    """Writes a Stable Diffusion model in diffusers' folder layout, fp16 safetensors."""
     vae, text, unet = (copy.deepcopy(module).to(torch.float16)
                        for module in (vae, modules["text"], modules["unet"]))
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, unet=unet, tokenizer=tokenizer,

@@ -11,9 +11,10 @@ flags of d4ir.py. Photos are random, adapters and students untrained; neither af
     ratio = seconds of the alternative / seconds of ours, per image or training step
     share = FLOP / seconds / (FLOP per second of a large matrix product in the same precision)
 
-Both sides and the matrix products take turns in one process; seconds are medians over --repeats.
-FLOPs are those of convolutions, matrix products and attention, counted during a call. Peak memory
-(host_gib) is that of a fresh process, without memory-mapped files, which the system can evict.
+Both sides and the matrix products are timed alternately in one process; seconds are medians over
+--repeats. FLOPs are those of convolutions, matrix products and attention, counted during a call.
+Peak memory (host_gib) is that of a fresh process, without memory-mapped files, which the system can
+evict.
 """
 import gc
 import itertools
@@ -86,7 +87,7 @@ def measure(sides, device, repeats):
 
 
 def median_seconds(calls, device, repeats):
-    """The median seconds of each call. They take turns, so that other load affects them equally."""
+    """The median seconds of each call, timed alternately so that other load affects all equally."""
     times = [[] for _ in calls]
     for _ in range(repeats):
         for call, values in zip(calls, times):
@@ -583,9 +584,9 @@ def main(argv=None):
     parser.add_argument("--repeats", type=d4ir.number(int, 1), default=3,
                         help="timed runs of every call (3)")
     parser.add_argument("--growth", action="store_true",
-                        help="measure growth with images, size and batch instead")
+                        help="measure how time and memory grow with images, size and batch instead")
     parser.add_argument("--sd-size", choices=["1.5"],
-                        help="measure a Stable Diffusion of this version's shape instead")
+                        help="measure a Stable Diffusion model of this version's shape instead")
     parser.add_argument("--seconds", type=d4ir.number(float, 1), default=300,
                         help="with --sd-size: skip batches expected to take longer (300)")
     parser.add_argument("--compile", action="store_true",

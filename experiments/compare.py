@@ -50,7 +50,7 @@ class Row:
 
 
 def ablation(part, note, adapter={}, synth={}, distill={}):
-    """D4IR with other settings; its own adapter is reused where those are the same."""
+    """D4IR with other settings. Its adapter is reused unless the adapter's settings differ."""
     return Row(f"D4IR without {part}", note, adapter=adapter, synth=synth, distill=distill,
                reuses=() if adapter else ("adapter",))
 
@@ -83,7 +83,7 @@ ROWS = {
     "no-penalty": ablation("penalty", "--adapter-penalty 0: prompts vary freely",
                            dict(penalty=0.0)),
     "no-residual": ablation(
-        "residual", "--no-adapter-residual --adapter-weather-weight 0: the adapter sees the photo",
+        "residual", "--no-adapter-residual --adapter-weather-weight 0: the input is the photo",
         dict(residual=False, weather_weight=0.0)),
     "no-weather-weight": ablation("weather weight", "--adapter-weather-weight 0",
                                   dict(weather_weight=0.0)),

@@ -4,7 +4,7 @@
 
 TAD-SR (He et al. 2024, arXiv 2408.07476) distils a diffusion model for super-resolution into one
 step. Besides matching the model's output, its student matches the scores after adding slight
-noise, since small timesteps show fine detail. Here, a copy of the U-Net is trained on trajectories
+noise, as small timesteps favour fine detail. Here, a copy of the U-Net is trained on trajectories
 (z_ts, ..., z_0') of ten steps: guided ones with the prompt P and, if the anchor is on, unguided
 ones with the negative prompt:
 
