@@ -243,7 +243,7 @@ class StableDiffusion:
         which is the default; ValueError outside this range."""
         tokens = tokens or self.max_tokens
         if not 2 <= tokens <= self.max_tokens:
-            raise ValueError(f"this Stable Diffusion takes 2 to {self.max_tokens} tokens, "
+            raise ValueError(f"this model takes prompts of 2 to {self.max_tokens} tokens, "
                              f"not {tokens}")
         ids = self.tokenizer([text] if isinstance(text, str) else list(text), truncation=True,
                              padding="max_length", max_length=tokens, return_tensors="pt")
