@@ -138,6 +138,8 @@ def learning_rate(progress):
 
 
 # ---------------------------------------------------------------- Additions (ours)
+# PSNR of the demo's student with, minus without (README.md): selection +0.9 dB in rain, +0.8 dB in
+# snow, -0.4 dB in haze, where the demo does not use it.
 
 def teacher_gains(images, outputs, clean):
     """PSNR(T(x), x_c) - PSNR(x, x_c) in dB of each synthesized image x: how well the teacher

@@ -177,6 +177,8 @@ def choose_timesteps(total, strength, steps):
 
 
 # ---------------------------------------------------------------- Additions (ours)
+# PSNR of the demo's student with, minus without (README.md): anchor +2.6 dB in rain, +1.6 dB in
+# snow; negative prompt +0.8 and +0.6 dB. Neither is used in haze.
 
 @torch.no_grad()
 def synthesize_with_additions(clean, prompts, sd, config, generator=None):
