@@ -2617,7 +2617,14 @@ def test_two_weathers(tmp_path, monkeypatch):
         monkeypatch.setattr(two_weathers, name, value)
     command = ["--task", "derain", "--student-width", "4", "--out", tmp_path / "run", "--seeds",
                "1", "--results", tmp_path, *TINY]
+    shown = []
+    monkeypatch.setattr(two_weathers, "figure",
+                        lambda columns, path: shown.append(columns) or evaluate.figure(columns, path))
     two_weathers.main(list(map(str, command)))
+    for name in ("slanted", "vertical", "sd-plain"):        # image i in row i, selected or not
+        files = [tmp_path / "run" / name / "synth" / f"{i:06d}.png" for i in range(5)]
+        for image, file in zip(shown[0][f"synthesized, {name}"], files, strict=True):
+            assert torch.equal(image, evaluate.read_image(file) / 255)
     result = json.loads((tmp_path / "two-weathers-derain.json").read_text())
     assert list(result["rows"]) == ["slanted", "vertical", "sd-plain"]
     table = {(row, look): result["rows"][row][f"psnr_rgb, {look}"]["mean"]

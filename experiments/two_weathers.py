@@ -4,7 +4,7 @@
 
 The demo renders two sets of web photos, and two test sets, in the same kind of weather but with
 different looks (LOOKS: size, shape and density vary together). Scenes, crops and noise are the
-same, so that nothing else differs. One adapter is trained on all web photos, because its prompts
+same, so that nothing else differs; the addition `select` then chooses among the images. One adapter is trained on all web photos, because its prompts
 are centred on the mean of its photos. For each look, students are trained on images synthesized
 with the prompts of its web photos, and evaluated on both test sets. A plain caption ("a photo in
 snow") gives the same images for both (row sd-plain). The result is the table of PSNR, and
@@ -22,7 +22,7 @@ from statistics import fmean
 import d4ir
 from demo.photos import TEST, TEST_SIZE, WEB_DEGRADED, WEB_SIZE, Photo, write_photo
 from demo.weather import DOMAINS
-from evaluate import figure
+from evaluate import figure, list_images, read_image
 from experiments.common import make_parser, provenance
 from experiments.compare import make_bench, summary
 from synth import draw_crops
@@ -96,8 +96,9 @@ def main(argv=None):
     crops = lambda photos, stream: draw_crops(photos, run.size, run.args.seed, range(5), stream)
     columns = {"clean": crops(bench.photos("clean", run.size), 0)}
     columns |= {f"degraded, {look}": crops(web, 1) for look, web in degraded.items()}
-    columns |= {f"synthesized, {name}": [image / 255 for image in made[:5]]
-                for name, made in images.items()}
+    for name in rows:                   # before selection: the rows of the figure correspond
+        files = list_images(out / name / "synth")[:5]
+        columns[f"synthesized, {name}"] = [read_image(file) / 255 for file in files]
     figure(columns, path.with_suffix(".png"))
     d4ir.write_text(path.with_suffix(".json"), json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
