@@ -2618,8 +2618,8 @@ def test_two_weathers(tmp_path, monkeypatch):
     command = ["--task", "derain", "--student-width", "4", "--out", tmp_path / "run", "--seeds",
                "1", "--results", tmp_path, *TINY]
     shown = []
-    monkeypatch.setattr(two_weathers, "figure",
-                        lambda columns, path: shown.append(columns) or evaluate.figure(columns, path))
+    monkeypatch.setattr(two_weathers, "figure", lambda columns, path: shown.append(columns)
+                        or evaluate.figure(columns, path))
     two_weathers.main(list(map(str, command)))
     for name in ("slanted", "vertical", "sd-plain"):        # image i in row i, selected or not
         files = [tmp_path / "run" / name / "synth" / f"{i:06d}.png" for i in range(5)]

@@ -4,10 +4,11 @@
 
 The demo renders two sets of web photos, and two test sets, in the same kind of weather but with
 different looks (LOOKS: size, shape and density vary together). Scenes, crops and noise are the
-same, so that nothing else differs; the addition `select` then chooses among the images. One adapter is trained on all web photos, because its prompts
-are centred on the mean of its photos. For each look, students are trained on images synthesized
-with the prompts of its web photos, and evaluated on both test sets. A plain caption ("a photo in
-snow") gives the same images for both (row sd-plain). The result is the table of PSNR, and
+same, so that nothing else differs; the addition `select` then chooses among the images. One adapter
+is trained on all web photos, because its prompts are centred on the mean of its photos. For each
+look, students are trained on images synthesized with the prompts of its web photos, and evaluated
+on both test sets. A plain caption ("a photo in snow") gives the same images for both (row
+sd-plain). The result is the table of PSNR, and
 
     margin = mean over test sets of (PSNR with the same look - PSNR with the other look)
 
