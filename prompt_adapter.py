@@ -448,8 +448,8 @@ def batches_from(loader, step):
             else:
                 yield batch
         if batch is None:
-            raise ValueError("the loader yielded no batch: it is empty, or an iterator that is "
-                             "already exhausted")
+            raise ValueError("the loader yielded no batch: it is empty, or an iterator, which can "
+                             "be read only once")
 
 
 def to_device(x, device):
