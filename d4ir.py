@@ -236,7 +236,7 @@ def adapter_figure(run, adapter):
 def synthesize_each(run, clean, prompts):
     """Images (3,H,W) of one clean photo (1,3,H,W) and one noise sample, for each of the prompts
     (n,N,d)."""
-    return [synthesize_photos(clean, clean, lambda _: prompt[None], run.sd, run.synth,
+    return [synthesize_photos(clean, prompt[None], run.sd, run.synth,
                               torch.Generator().manual_seed(run.args.seed))[0]
             for prompt in prompts]
 
@@ -506,12 +506,9 @@ class Run:
 
     def additions(self):
         """Names of the additions that are switched on."""
-        file, configs = self.args.adapter_file, [self.synth, self.distill]
-        names = [f"those in {file}"] if file else []
-        for config in configs if file else [self.adapter, *configs]:
-            for name, off in config.ADDITIONS.items():
-                names += [name] if getattr(config, name) != off else []
-        return names
+        file = self.args.adapter_file
+        adapter = [f"those in {file}"] if file else self.adapter.active_additions()
+        return adapter + self.synth.active_additions() + self.distill.active_additions()
 
     def log(self, text):
         if self.is_main:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 @dataclass
 class DistillConfig:
-    """PKD settings. All values are our choice, for large photos; untested on them."""
+    """PKD settings. All values are our choice, for large photos; not tested on them."""
     steps: int = 60000          # updates
     batch: int = 16             # crops per update and process
     crop: int = 0               # px; 0: two thirds of the images' side, at most 256
@@ -41,6 +41,10 @@ class DistillConfig:
     def __post_init__(self):
         if not 0 < self.select <= 1:
             raise ValueError(f"select must be in (0, 1], not {self.select}")
+
+    def active_additions(self):
+        """Names of the additions that are switched on."""
+        return [name for name, off in self.ADDITIONS.items() if getattr(self, name) != off]
 
     def crop_size(self, side):
         """px, side of the crops from images of this side."""

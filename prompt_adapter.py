@@ -55,7 +55,7 @@ class AdapterConfig:
     contrast: float = 0.1       # lambda, weight of InfoNCE; 0: diffusion loss alone
     temperature: float = 0.1    # tau (SimCLR: 0.1)
     save_every: int = 50        # updates between reports, which also write a checkpoint
-    residual: bool = False      # addition: its input is what the teacher removes, x_d - T(x_d)
+    residual: bool = False      # addition: the adapter's input is x_d - T(x_d), T: teacher
     weather_weight: float = 0.0  # addition: the diffusion loss is weighted by 1 + this * |residual|
     caption_base: bool = False  # addition: prompts are centred on the plain captions' mean
     penalty: float = 0.0        # addition: weight of ||P - base||^2 / ||base||^2 in the loss
@@ -70,6 +70,10 @@ class AdapterConfig:
         if self.weather_weight and not self.residual:
             raise ValueError("weather_weight needs residual: switch it on (--adapter-residual) "
                              "or set --adapter-weather-weight 0")
+
+    def active_additions(self):
+        """Names of the additions that are switched on."""
+        return [name for name, off in self.ADDITIONS.items() if getattr(self, name) != off]
 
 
 # ---------------------------------------------------------------- the adapter and its losses

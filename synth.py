@@ -235,24 +235,22 @@ def draw_crops(photos, size, seed, indices, stream):
     return torch.stack(crops)
 
 
-@torch.no_grad()
-def synthesize_photos(clean, degraded, adapter, sd, config, generator=None):
-    """Photos with the content of `clean` and the weather of `degraded`: all (B,3,H,W) in [0,1].
-    adapter: in eval mode, on sd.device (an attribute that `sd` also needs)."""
-    prompts = adapter(degraded.to(sd.device))                                   # (B,N,d)
+def synthesize_photos(clean, prompts, sd, config, generator=None):
+    """`synthesize` with the additions that are switched on in the config; the same shapes."""
     if config.active_additions():
         return synthesize_with_additions(clean, prompts, sd, config, generator)
     return synthesize(clean, prompts, sd, config, generator)
 
 
+@torch.no_grad()
 def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder, *, seed=0,
                       rank=0, world_size=1):
     """Writes `config.images` synthesized photos to folder/000000.png ...; keeps finished batches.
 
     clean_photos, degraded_photos: lists of (3,H,W) uint8, at least as large as the images.
-    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d). With the addition `residual`,
-      pass the photos' residuals as degraded_photos.
-    sd: as for `synthesize_photos`; if `config.size` is 0, it also needs size (px).
+    adapter: degraded photos (B,3,H,W) in [0,1] to prompts (B,N,d); in eval mode, on sd.device. With
+      the addition `residual`, pass the photos' residuals as degraded_photos.
+    sd: as for `synthesize_with_additions`; if `config.size` is 0, it also needs size (px).
     Process `rank` of `world_size` makes every `world_size`-th batch.
     Raises ValueError for images that are not finite, as can happen in fp16.
     """
@@ -270,7 +268,8 @@ def synthesize_folder(clean_photos, degraded_photos, adapter, sd, config, folder
             clean = draw_crops(clean_photos, size, seed, indices, 0)
             degraded = draw_crops(degraded_photos, size, seed, indices, 1)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
-            images = synthesize_photos(clean, degraded, adapter, sd, config, generator)
+            prompts = adapter(degraded.to(sd.device))                           # (B,N,d)
+            images = synthesize_photos(clean, prompts, sd, config, generator)
             if not images.isfinite().all():
                 raise ValueError("the synthesized images are not finite: use --precision bf16 or "
                                  "fp32, or another --sd")

@@ -178,8 +178,12 @@ def untrained_adapter(sd, config):
 def synthesis(sd, config, size, prompter):
     """A Side that synthesizes `config.batch` images. prompter: degraded photos to prompts."""
     photos = torch.stack(random_photos(config.batch, size)) / 255
-    call = lambda: synthesize_photos(photos, photos, prompter, sd, config,
-                                     torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def call():
+        prompts = prompter(photos.to(sd.device))                        # (B,N,d)
+        return synthesize_photos(photos, prompts, sd, config, torch.Generator().manual_seed(0))
+
     return Side(call, config.batch, sd.dtype, asdict(config) | dict(size=size))
 
 

@@ -126,12 +126,9 @@ def synthesize_captions(run, captions):
     for first in tqdm(range(0, run.synth.images, batch), "captions", disable=None):
         indices = range(first, min(first + batch, run.synth.images))
         clean = draw_crops(run.clean, run.size, run.args.seed, indices, 0)
-        degraded = draw_crops(run.degraded, run.size, run.args.seed, indices, 1)
-        texts = [captions[i] for i in indices]
-        prompts = run.sd.text_prompt(texts, run.adapter.tokens)
+        prompts = run.sd.text_prompt([captions[i] for i in indices], run.adapter.tokens)
         generator = torch.Generator().manual_seed(run.args.seed * 1_000_003 + first)
-        images += synthesize_photos(clean, degraded, lambda x: prompts, run.sd, run.synth,
-                                   generator).cpu()
+        images += synthesize_photos(clean, prompts, run.sd, run.synth, generator).cpu()
     return images
 
 
