@@ -163,7 +163,8 @@ def distill_stage(run):
     if not files:
         raise ValueError(f"there are fewer synthesized images than processes ({run.world_size})")
     images, targets = on_disk(map(read_image, files), run.out), None                # (N,3,H,W)
-    crop = run.distill.crop_size(min(images.shape[2:]))
+    run.size = images.shape[-1]                             # saves loading Stable Diffusion for it
+    crop = run.distill.crop_size(run.size)
     outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)    # a generator
     if run.distill.keep_teacher:
         outputs = targets = on_disk(outputs, run.out)                               # (N,3,H,W)
@@ -172,7 +173,7 @@ def distill_stage(run):
         chosen = select_best(gains, run.distill.select)
         images = [images[i] for i in chosen]
         targets = targets if targets is None else [targets[i] for i in chosen]
-    run.release("clean", "sd")          # `size` loads sd if this stage runs alone
+    run.release("clean")
     loader = Crops(images, crop, run.distill.batch, targets, run.args.seed + 1000 * run.rank)
     torch.manual_seed(run.args.seed)
     student = run.new_student(crop)

@@ -2494,7 +2494,7 @@ def test_properties_of_the_weather():
 def test_following(demo_run, folders, tmp_path, monkeypatch):
     """For the demo's photos, whose exact captions are known, and for a user's own."""
     out, _ = demo_run
-    monkeypatch.setattr(following.contrast, "__defaults__", (8,))  # photos
+    monkeypatch.setattr(following.contrast, "__defaults__", (8, 2))    # photos, groups
     command = ["--task", "desnow", *TINY, "--results", str(tmp_path)]
     following.main([*command, "--out", str(out)])
     result = json.loads((tmp_path / "following-desnow.json").read_text())
