@@ -42,8 +42,7 @@ from tqdm import tqdm
 from distill import (Crops, DistillConfig, distill, on_disk, select_best, teacher_gains,
                      teacher_outputs)
 from evaluate import (comparison_figure, evaluate, figure, find_pairs, list_images, plot_losses,
-                      read_image, report, restore as restore_photo, restore_folder, table,
-                      write_csv)
+                      read_image, report, restore, restore_folder, table, write_csv)
 from models import (Restorer, export_restorer, first_line, has_bf16, load_restorer,
                     load_stable_diffusion, save_restorer)
 from prompt_adapter import (AdapterConfig, CropPairs, PromptAdapter, load_adapter, residuals,
@@ -56,7 +55,8 @@ except ImportError:                     # Windows
     fcntl = None
 try:
     import demo
-except ImportError:                     # the method works without demo/
+    demo.WEIGHTS                        # an emptied folder still counts as a package
+except (ImportError, AttributeError):   # the method works without demo/
     demo = None
 
 
@@ -168,7 +168,7 @@ def distill_stage(run):
     outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)    # a generator
     if run.distill.keep_teacher:
         outputs = targets = on_disk(outputs, run.out)                               # (N,3,H,W)
-    if run.distill.select < 1:                              # addition
+    if run.distill.select < 1:                              # addition; of this process's images
         gains = teacher_gains(images, outputs, clean_crops(run, files, run.clean))
         chosen = select_best(gains, run.distill.select)
         images = [images[i] for i in chosen]
@@ -196,12 +196,12 @@ def evaluate_stage(run):
                 f"{run.out / 'restored'}")
         return restore_folder(student, args.test, run.out / "restored", args.tile)
     models = {"input": None, "teacher": run.teacher, "student": student}
-    results, files = {}, {name: run.out / f"{name}.json" for name in models}
-    for name, model in models.items():                      # saved one by one: a rerun resumes
-        if not files[name].exists():
-            result = evaluate(model, run.pairs, tile=args.tile, label=name)
-            write_text(files[name], json.dumps(result))
-        results[name] = json.loads(files[name].read_text(encoding="utf-8"))
+    files = {name: run.out / f"{name}.json" for name in models}
+    for name, file in files.items():                        # saved one by one: a rerun resumes
+        if not file.exists():
+            result = evaluate(models[name], run.pairs, tile=args.tile, label=name)
+            write_text(file, json.dumps(result))
+    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     metrics = {"task": args.task} | report(models, results) | {"tile": args.tile}
     write_csv(results, run.out / "metrics.csv")
     comparison_figure(models, run.pairs, run.out / "figure.png", args.tile)
@@ -282,10 +282,10 @@ def fit_photo(photo, longest, crop):
     limit = math.ceil(longest / scale)
     photo = center_crop(photo, [min(height, limit), min(width, limit)])
     sides = [min(max(crop, round(scale * side)), longest) for side in photo.shape[1:]]
-    return photo if sides == list(photo.shape[1:]) else resize(photo, sides, antialias=True)
+    return resize(photo, sides)
 
 
-def restore(run):
+def restore_stage(run):
     """--stage restore: writes a network's outputs for the photos of --input."""
     args = run.args
     if not args.input.exists():
@@ -295,7 +295,7 @@ def restore(run):
     restore_folder(model, args.input, args.output, args.tile)
 
 
-def export(run):
+def export_stage(run):
     """--stage export: writes the student as a torch.export program and, if onnx is installed, as
     an ONNX model."""
     student = load_restorer(run.out / "student.safetensors")
@@ -303,7 +303,7 @@ def export(run):
         run.log(f"written: {path}")
 
 
-STANDALONE = {"restore": restore, "export": export}
+STANDALONE = {"restore": restore_stage, "export": export_stage}
 
 
 # ---------------------------------------------------------------- the command line
@@ -480,7 +480,7 @@ class Run:
     @cached_property
     def residuals(self):
         """Addition: what the teacher removes from each degraded photo."""
-        return residuals(self.degraded, lambda x: restore_photo(self.teacher, x))
+        return residuals(self.degraded, lambda x: restore(self.teacher, x))
 
     def adapter_inputs(self, adapter):
         """An adapter's inputs: the degraded photos or (addition `residual`) their residuals."""
@@ -585,12 +585,14 @@ def check_inputs(run):
                                  f"--stage {previous} first")
     for name in ("degraded", "clean", "test"):
         folder = getattr(args, name)
-        if folder is not None and not folder.is_dir():
+        if folder is None:                                  # the demo's
+            continue
+        if not folder.is_dir():
             raise ValueError(f"--{name} {folder}: no such folder")
-        if folder is not None and args.out.resolve().is_relative_to(folder.resolve()):
+        if args.out.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--out {args.out} is in --{name} {folder}, and images written "
                              "there would be read as photos: choose another --out")
-        if folder is not None and name != "test" and not list_images(folder, recursive=True):
+        if name != "test" and not list_images(folder, recursive=True):
             raise ValueError(f"--{name} {folder}: no image file (png, jpg, bmp, webp, tif)")
     if args.test:
         run.pairs                                           # raises ValueError for unmatched photos
@@ -598,6 +600,9 @@ def check_inputs(run):
     if any(stage in run.stages and (args.restart or not run.is_finished(stage))
            for stage in ("adapter", "synth")):
         check_diffusion(run)
+    elif "distill" in run.stages:
+        for file in list_images(run.out / "synth")[:1]:
+            check_crop("--distill-crop", args.distill_crop, min(read_image(file).shape[1:]))
 
 
 def check_teacher(run):
@@ -631,10 +636,8 @@ def check_diffusion(run):
             raise ValueError(f"{flag} must be a multiple of {8 * sd.factor} px, not {side}")
     if args.photo_size < size:
         raise ValueError(f"--photo-size {args.photo_size} is smaller than the images ({size} px)")
-    for flag, side in (("--adapter-crop", args.adapter_crop),
-                       ("--distill-crop", args.distill_crop)):
-        if side > size:
-            raise ValueError(f"{flag} {side} is larger than the images ({size} px)")
+    check_crop("--adapter-crop", args.adapter_crop, size)
+    check_crop("--distill-crop", args.distill_crop, size)
     if args.adapter_file:
         check_adapter(run, args.adapter_file)
     suits_few_steps = (args.scheduler == "ddim" and args.guidance == 1
@@ -643,6 +646,11 @@ def check_diffusion(run):
         run.log(f"warning: {args.sd} uses trailing timestep spacing, as few-step models do. If it "
                 "is one (such as sd-turbo), use --scheduler ddim --guidance 1 --steps K "
                 "--strength K/4, with K from 1 to 4")
+
+
+def check_crop(flag, crop, size):
+    if crop > size:
+        raise ValueError(f"{flag} {crop} is larger than the images ({size} px)")
 
 
 def check_adapter(run, file):
@@ -654,6 +662,9 @@ def check_adapter(run, file):
         raise ValueError(f"--adapter {file}: its prompts have {adapter['tokens']} tokens of width "
                          f"{adapter['width']}, but {run.args.sd} takes 2 to {sd.max_tokens} of "
                          f"width {sd.width}")
+    if run.args.no_additions and (adapter["residual"] or adapter["centered"]):
+        raise ValueError(f"--adapter {file} was trained with additions: --no-additions needs one "
+                         "without")
 
 
 def check_run_folder(run):
@@ -783,16 +794,18 @@ def run_command(main):
     huggingface_hub.utils.enable_progress_bars()            # for downloads
     try:
         main()
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                or "can't allocate memory" in str(error)):      # torch's on a CPU
+            raise
         sys.stderr.write(f"{prog}: error: out of memory: lower --adapter-batch, --batch, "
                          f"--distill-batch or --tile ({first_line(error)})\n")
         sys.exit(2)
     except (ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"{prog}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

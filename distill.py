@@ -6,6 +6,7 @@ symbol   in code            shape, range
 x        x                  (B,3,h,w) in [0,1], random crops of the synthesized images
 T, S     teacher, student   (B,3,h,w) -> (B,3,h,w); T is clamped to [0,1]
 
+T(x) is computed once per image and cropped with it (keep_teacher off: computed for each crop).
 There is no ground truth, and no other loss. L1 is our choice of pixel-wise loss. Our addition,
 `select`, chooses the images before the training starts.
 """

@@ -104,8 +104,8 @@ def check_images(a, b):
 def measure(image, truth):
     """All four metrics of an image (3,H,W) in [0,1] against its ground truth, as a dict."""
     y, y_truth = rgb_to_y(to_255(image) / 255), rgb_to_y(to_255(truth) / 255)
-    values = psnr(image, truth), ssim(image, truth), psnr(y, y_truth), ssim(y, y_truth)
-    return dict(zip(METRICS, values))
+    return dict(psnr_rgb=psnr(image, truth), ssim_rgb=ssim(image, truth),
+                psnr_y=psnr(y, y_truth), ssim_y=ssim(y, y_truth))
 
 
 def evaluate(model, pairs, *, tile=1024, label="evaluate"):
@@ -245,9 +245,9 @@ def cost(model, size=256, runs=5):
             start = synchronized_clock(x.device)
             model(x)
             times.append(1000 * (synchronized_clock(x.device) - start))
-    values = (sum(p.numel() for p in model.parameters()), flops.get_total_flops() / 2e9,
-              statistics.median(times), memory.peak / 2 ** 20)
-    return dict(zip(COSTS, values))
+    return dict(params=sum(p.numel() for p in model.parameters()),
+                gmacs=flops.get_total_flops() / 2e9, ms=statistics.median(times),
+                peak_mb=memory.peak / 2 ** 20)
 
 
 def synchronized_clock(device):
@@ -320,7 +320,7 @@ def list_images(folder, recursive=False):
                    and os.path.splitext(name)[1].lower() in EXTENSIONS]
     natural = lambda path: [int(part) if part.isdecimal() else part
                             for part in re.split(r"(\d+)", str(path))]
-    return sorted(images, key=natural)
+    return sorted(sorted(images), key=natural)             # 01.png always before 1.png
 
 
 @dataclass
@@ -492,7 +492,7 @@ def comparison_figure(models, pairs, path, tile=1024):
             images[name] = degraded if model is None else restore(model, degraded, tile)
         for name, image in images.items():
             large = max(image.shape) > 512                 # saves memory
-            columns[name].append(resize(image, 256, antialias=True) if large else image)
+            columns[name].append(resize(image, 256) if large else image)
     figure(columns, path)
 
 

@@ -361,7 +361,7 @@ def save_restorer(model, path):
     """Writes a Restorer, folded, as fp16 safetensors, with its architecture in the metadata. Raises
     ValueError for weights that are not finite in fp16."""
     model = model.fold()
-    state = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.cpu().half().contiguous() for k, v in model.state_dict().items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{path}: not written, because weights are not finite in fp16")
     save_file(state, f"{path}.tmp", metadata={"restorer": json.dumps(model.config)})
@@ -508,10 +508,11 @@ def load_matching(model, state, source, assign=False):
     prefix = max(["", *prefixes], key=lambda p: sum(p + key in state for key in expected))
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+        # A network's own load_state_dict may differ, as EDSR's does.
+        missing, unexpected = nn.Module.load_state_dict(model, state, strict=False, assign=assign)
     except RuntimeError as error:                          # its second line names the first shape
         raise ValueError(f"{source}: the weights do not match the network: "
-                         f"{str(error).splitlines()[1].strip()}") from None
+                         f"{str(error).splitlines()[:2][-1].strip()}") from None
     if missing or unexpected:
         raise ValueError(f"{source}: the weights do not match the network: {len(missing)} missing "
                          f"keys {missing[:3]}, {len(unexpected)} unexpected keys {unexpected[:3]}")

@@ -1,14 +1,14 @@
 """DPA, degradation-aware prompt adapter: turns a degraded photo into a prompt for Stable Diffusion.
 
-    loss = ||eps - eps_theta(z_t, t, P)||^2 + lambda * InfoNCE(q, k)       P = A(x_d)
+    loss = mean (eps - eps_theta(z_t, t, P))^2 + lambda * InfoNCE(q, k)       P = A(x_d)
 
 symbol   in code       shape, range
 x_d      degraded      (B,3,H,W) in [0,1], a web photo in bad weather; a and b are two crops of it
-                       (with the addition `residual`: of x_d - T(x_d))
+                       (with the addition `residual`: of its residual x_d - T(x_d))
 A        adapter       the network trained here; Stable Diffusion stays frozen
 P        prompts       (B,N,d), N tokens; d = the U-Net's cross-attention width
-z_t      z_t           (B,C,h,w), latents of crop a, noised to level t in 0..T-1
-eps      noise         (B,C,h,w), standard normal
+z_t      z_t           (B,C,h,w), latents of the photo at crop a, noised to level t in 0..T-1
+eps      noise         (B,C,h,w), standard normal; replaced by v if the U-Net predicts v
 abar_t   abar          (B,1,1,1), cumulative noise schedule of Stable Diffusion
 q, k     query, key    (B,D), unit length: embeddings of the two crops
 tau      temperature   scalar
@@ -186,7 +186,8 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     """Trains the adapter in place; Stable Diffusion stays frozen.
 
     sd: a models.StableDiffusion, or anything with its predict_noise(z_t, t (B,), prompts)
-      (differentiable in the prompts), unet, alphas_cumprod, prediction_type, device and dtype.
+      (differentiable in the prompts), unet, alphas_cumprod, prediction_type, device (a
+      torch.device) and dtype.
     loader: batches (z_0 (B,C,h,w), a and b (B,3,H,W) uint8 or float in [0,1], photo numbers (B,)),
       repeated until `config.steps` updates are done; see `CropPairs`. To resume, its attribute
       `step` is set if it has one; otherwise, the batches already used are read again and skipped.
@@ -228,7 +229,7 @@ def train_adapter(adapter, sd, loader, config, *, seed=0, checkpoint=None, log=p
     sums, count, clock = torch.zeros(2, device=device), 0, time.time()
 
     for step, batch in zip(bar, batches_from(loader, start)):
-        # Batch: two crops of each photo, and the latents of crop a.
+        # Batch: two crops of each photo (or of its residual), and the photo's latents at crop a.
         z_0, a, b, photo = (to_device(x, device) for x in batch)
         generator.manual_seed(seed * 1_000_003 + step)              # the same after a resume
         t = torch.randint(len(sd.alphas_cumprod), (len(a),), generator=generator, device=device)
@@ -363,9 +364,8 @@ def update_norms(adapter, loader, step, batches=32):
     0.2 to 2 times the norm of the base; with recomputed statistics, by about 0.1 times.
     loader: as for `train_adapter`; its batches from update `step` on are used.
     """
-    device, rows = adapter.base.device, itertools.islice(batches_from(loader, step), batches)
-    update_bn((torch.cat([to_device(a, device), to_device(b, device)]) for _, a, b, _ in rows),
-              adapter)
+    rows = itertools.islice(batches_from(loader, step), batches)
+    update_bn((to_device(torch.cat([a, b]), adapter.base.device) for _, a, b, _ in rows), adapter)
 
 
 def prompt_penalty(prompts, base):
@@ -486,7 +486,7 @@ def save_state(state, path):
 
 def save_adapter(adapter, path):
     """Writes the adapter as safetensors, with its architecture in the metadata."""
-    state = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
+    state = {k: v.cpu().contiguous() for k, v in adapter.state_dict().items()}
     save_file(state, f"{path}.tmp", metadata={"adapter": json.dumps(adapter.config)})
     os.replace(f"{path}.tmp", path)
 

@@ -17,7 +17,10 @@ w        guidance    classifier-free guidance: eps_- + w (eps_P - eps_-) (Ho and
 x        (returned)  (B,3,H,W) in [0,1], the synthesized photo
 
 `synthesize` is the paper's method; guidance, solvers and all settings are our choice. The additions
-below it are ours.
+below it are ours. Standalone use:
+
+    config = SynthConfig(strength=0.6, guidance=7, steps=20)
+    image = synthesize(clean, prompts, sd, config)      # sd: see `synthesize`
 """
 import math
 import os
@@ -56,6 +59,9 @@ class SynthConfig:
         if self.scheduler not in SOLVERS:
             raise ValueError(f"scheduler must be one of {', '.join(SOLVERS)}, "
                              f"not {self.scheduler!r}")
+        if self.negative_prompt and self.guidance == 1 and not self.anchor:
+            raise ValueError("negative_prompt has no effect at guidance 1 without the anchor: set "
+                             "--negative-prompt ''")
 
     def active_additions(self):
         """Names of the additions that are switched on."""
@@ -71,8 +77,9 @@ def synthesize(clean, prompts, sd, config, generator=None):
     clean: (B,3,H,W) in [0,1]; H and W as the VAE and U-Net need them (SD 1.5: multiples of 64).
     prompts: (B,N,d). generator: torch.Generator of the noise.
     sd: a models.StableDiffusion, or anything with its encode (images to scaled latents), decode (to
-      images in [0,1]), predict_noise(z_t, t, prompts), null_prompt(N) (1,N,d), alphas_cumprod (T,)
-      > 0 on the CPU, and prediction_type. It moves its inputs to its device.
+      images in [0,1]), predict_noise(z_t, t: int, prompts) (what the U-Net predicts: eps or v),
+      null_prompt(N) (1,N,d), alphas_cumprod (T,) > 0 on the CPU, and prediction_type ("epsilon" or
+      "v_prediction"). It moves its inputs to its device.
     Raises ValueError for an unsuitable size, batch or number of steps, and if an addition
     is switched on.
     """
@@ -203,8 +210,9 @@ def add_anchor(image, plain, clean):
 
     image = D(z_P), plain = D(z_-), clean = x_c: (B,3,H,W) in [0,1]. Returns x, of the same shape.
     Strong weather needs a high strength, at which fine content is lost in the noise. z_- starts
-    from the same noisy latents but is denoised with the negative prompt alone: it has lost the same
-    detail, and shows no weather. a is the local contrast that survives the weather.
+    from the same noisy latents but is denoised with the negative prompt alone (if that is off, the
+    null prompt): it has lost the same detail, and shows no weather. a is the local contrast that
+    survives the weather.
     """
     return (image + remaining_contrast(image, plain) * (clean - plain)).clamp(0, 1)
 
@@ -217,6 +225,13 @@ def remaining_contrast(image, plain):
     variance = (mean(plain * plain) - mean(plain) ** 2).sum(1, keepdim=True)
     flat = 3e-4                                             # a tends to 1 in flat regions
     return ((covariance + flat) / (variance + flat)).clamp(0, 1)
+
+
+def synthesize_photos(clean, prompts, sd, config, generator=None):
+    """`synthesize` with the additions that are switched on in the config; the same shapes."""
+    if config.active_additions():
+        return synthesize_with_additions(clean, prompts, sd, config, generator)
+    return synthesize(clean, prompts, sd, config, generator)
 
 
 # ---------------------------------------------------------------- folders of images
@@ -233,13 +248,6 @@ def draw_crops(photos, size, seed, indices, stream):
         y, x = (int(rng.integers(n - size + 1)) for n in photo.shape[-2:])
         crops.append(photo[:, y:y + size, x:x + size] / 255)
     return torch.stack(crops)
-
-
-def synthesize_photos(clean, prompts, sd, config, generator=None):
-    """`synthesize` with the additions that are switched on in the config; the same shapes."""
-    if config.active_additions():
-        return synthesize_with_additions(clean, prompts, sd, config, generator)
-    return synthesize(clean, prompts, sd, config, generator)
 
 
 @torch.no_grad()

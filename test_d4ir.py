@@ -1002,6 +1002,17 @@ def test_third_party_teachers_load_from_common_checkpoints(network, wrapping, ex
         assert torch.allclose(teacher(x), model(x), atol=1e-6)
 
 
+def test_a_teacher_with_its_own_load_state_dict(network):
+    """As in EDSR: without `assign`, and without a result."""
+    model, folder = network
+    torch.save(model.state_dict(), folder / "w.pth")
+    (folder / "net.py").write_text(
+        NETWORK + "\nNet.load_state_dict = lambda self, state, strict=True: None\n")
+    x = photo(1, 21, 34)[None]
+    teacher = models.load_restorer(f"{folder}/net.py:Net@{folder}/w.pth")
+    assert torch.allclose(teacher(x), model(x), atol=1e-6)
+
+
 def test_third_party_teachers_import_their_own_modules(network):
     """A teacher's `demo` and `evaluate` take precedence while it loads; ours are restored."""
     model, folder = network
@@ -1799,6 +1810,11 @@ def test_an_adapter_must_fit_the_stable_diffusion(own_photos, tmp_path):
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
     done = run(*command, file, "--stage", "synth")
     assert done.returncode == 2 and "run --stage adapter first" in done.stderr
+    for addition in ("residual", "centered"):
+        prompt_adapter.save_adapter(
+            prompt_adapter.PromptAdapter(128, 8, channels=2, **{addition: True}), file)
+        with pytest.raises(ValueError, match="trained with additions"):
+            d4ir.main([*map(str, command), str(file), "--no-additions"])
 
 
 def test_the_papers_method_alone_from_the_command_line(own_photos, tmp_path):
@@ -1852,6 +1868,7 @@ def test_bad_input_gives_one_line_and_exit_code_2(folders, network, tmp_path, ca
              (["--adapter-crop", "60"], "--adapter-crop must be a multiple of 16 px, not 60"),
              (["--adapter-crop", "112"], r"--adapter-crop 112 is larger than the images \(96 px\)"),
              (["--scheduler", "euler"], "ddim"), (["--device", "tpu"], "--device tpu"),
+             (["--guidance", "1", "--no-anchor"], "negative_prompt has no effect"),
              (["--stage", "distill"], "run --stage synth first"),
              (["--distill-crop", "999"], r"larger than the images \(96 px\)"),
              (["--photo-size", "95"], r"--photo-size 95 is smaller than the images \(96 px\)"),
@@ -1917,6 +1934,8 @@ def test_a_corrected_command_and_a_restart(folders, own_photos, tmp_path):
     assert not {"adapter.safetensors", "synth.png"} & changed
     with pytest.raises(ValueError, match="run --stage distill first"):     # --restart deletes it
         go("--restart", "--stage", "synth", "evaluate")
+    with pytest.raises(ValueError, match="--distill-crop 999 is larger"):
+        go("--restart", "--stage", "distill", "--distill-crop", "999")
     assert (tmp_path / "run/student.safetensors").exists()
     metrics = (tmp_path / "run/metrics.json").read_bytes()
     (tmp_path / "odd").mkdir()
@@ -1945,6 +1964,13 @@ def test_a_new_task_needs_one_entry(own_photos, tmp_path, monkeypatch):
     assert config["synth"]["strength"] == 0.5 and config["adapter"]["lr"] == 2e-4
     assert (tmp_path / "run/demo/desleet/degraded").is_dir()
     assert (tmp_path / "run/metrics.json").exists()
+
+
+def test_out_of_memory_gives_one_line():
+    code = "import d4ir, torch; d4ir.run_command(lambda: torch.empty(10 ** 15))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "out of memory: lower" in done.stderr
 
 
 @cuda
@@ -2471,6 +2497,7 @@ def test_a_new_baseline_needs_one_entry(go_compare, monkeypatch):
 
 def test_the_row_of_the_papers_method_runs_no_addition(go_compare, monkeypatch):
     forbid_additions(monkeypatch)
+    forbid(monkeypatch, compare, "select_best")
     rows, _ = go_compare("--rows", "no-additions", "sd-text-no-additions", "--seeds", "1")
     assert list(rows) == ["input", "teacher", "sd-text-no-additions", "no-additions"]
     with pytest.raises(AssertionError, match="was called"):
@@ -2874,6 +2901,7 @@ def test_the_method_works_without_the_demo(own_photos, tmp_path):
     """A copy of the method files alone, with a user's own photos and models."""
     for name in ("d4ir", "prompt_adapter", "synth", "distill", "models", "evaluate"):
         shutil.copy(HERE / f"{name}.py", tmp_path)
+    (tmp_path / "demo").mkdir()                            # such as one that holds __pycache__
     command = [sys.executable, str(tmp_path / "d4ir.py"), "--task", "desnow", "--teacher",
                str(demo.WEIGHTS / "teacher.safetensors"), *map(str, own_photos)]
     missing = subprocess.run(command, capture_output=True, text=True)

@@ -43,7 +43,7 @@ class Row:
     title: str
     note: str                           # may use {captions}, {plain}, {used}, SynthConfig's fields
     images: Callable = None             # bench -> list of (3,H,W) uint8; unset in ablations
-    adapter: dict = field(default_factory=dict)     # settings that differ from D4IR's
+    adapter: dict = field(default_factory=dict)     # ablations: settings that differ from D4IR's
     synth: dict = field(default_factory=dict)
     distill: dict = field(default_factory=dict)
     reuses: tuple = ()                  # stages reused from the row d4ir: "adapter", "synth"
@@ -72,7 +72,7 @@ ROWS = {
         "captions without additions", "{captions} in place of the adapter's prompts; no additions",
         lambda bench: bench.synthesize("sd-text-no-additions", bench.captions(),
                                        distill=DistillConfig.ADDITIONS, **SynthConfig.ADDITIONS)),
-    "no-additions": ablation("additions (the paper's method)", "--no-additions",
+    "no-additions": ablation("additions", "--no-additions: our reading of the paper's method",
                              AdapterConfig.ADDITIONS, SynthConfig.ADDITIONS,
                              DistillConfig.ADDITIONS),
     "no-anchor": ablation("anchor", "--no-anchor", synth=dict(anchor=False)),
@@ -197,15 +197,16 @@ class Bench:
                 synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
                                   run.out / "synth", seed=run.args.seed)
         images, file = [read_image(path) for path in files], run.out / "gains.json"
-        if not file.exists():
+        if not file.exists():                                   # also for the column "gain"
             outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
             gains = teacher_gains(images, outputs, d4ir.clean_crops(run, files, clean))
             d4ir.write_text(file, json.dumps(gains))
         gains = json.loads(file.read_text(encoding="utf-8"))
-        chosen = select_best(gains, run.distill.select)
-        gain = statistics.fmean(gains[i] for i in chosen)
-        d4ir.write_text(run.out / "gain.json", json.dumps(gain))
-        return [images[i] for i in chosen]
+        if run.distill.select < 1:                              # addition
+            chosen = select_best(gains, run.distill.select)
+            images, gains = [images[i] for i in chosen], [gains[i] for i in chosen]
+        d4ir.write_text(run.out / "gain.json", json.dumps(statistics.fmean(gains)))
+        return images
 
     def images(self, name):
         """The images of a row, (3,H,W) uint8; None for the GAN, trained alongside the student."""
@@ -232,7 +233,8 @@ class Bench:
     def students(self, name, images, seeds, train=None):
         """Distils and evaluates one student per seed on images(). Returns the metrics of each.
         train: in place of `Bench.train`, with the same arguments."""
-        run, results, targets = self.variant(name), [], None
+        run = self.variant(name, distill=ROWS[name].distill if name in ROWS else {})
+        results, targets = [], None
         images = None if self.is_finished(name, seeds) else images()
         for seed in range(run.args.seed, run.args.seed + seeds):
             file, path = run.out / f"student-{seed}.json", run.out / f"student-{seed}.safetensors"
@@ -254,14 +256,15 @@ class Bench:
     def train(self, run, images, targets, seed):
         """A student of one seed, and sample images (3,H,W) in 0..255 of what it was trained on."""
         torch.manual_seed(seed)
-        student = run.new_student(self.crop).to(run.device)
+        crop = run.distill.crop_size(run.size)
+        student = run.new_student(crop).to(run.device)
         options = dict(device=run.device, dtype=run.dtype, log=run.log_losses)
         if images is None:
-            loader = Adversary(run.teacher, student, self.crop, run.distill.batch, run.device,
+            loader = Adversary(run.teacher, student, crop, run.distill.batch, run.device,
                                run.dtype, seed)
             distill(run.teacher, student, loader, run.distill, **options)
             return student, list(next(iter(loader))[0] * 255)
-        loader = Crops(images, self.crop, run.distill.batch, targets, seed)
+        loader = Crops(images, crop, run.distill.batch, targets, seed)
         distill(run.teacher, student, loader, run.distill, **options,
                 checkpoint=run.out / f"student-{seed}.pt")
         return student, images
@@ -347,7 +350,7 @@ def compare(bench, names, seeds):
                   "note": row.note.format(**quoted, used=used, **asdict(run.synth))}
         if "synth" in durations:
             stats["images_per_s"] = run.synth.images / durations["synth"]
-        rows.append({"source": name} | stats | read_gain(run.out / name))
+        rows.append({"source": name, "seeds": seeds} | stats | read_gain(run.out / name))
     psnr = {row["source"]: row["psnr_rgb"]["mean"] for row in rows}
     if psnr.get("original", 0) > psnr["input"]:
         for row in rows:
