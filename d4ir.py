@@ -649,6 +649,7 @@ def check_diffusion(run):
 
 
 def check_crop(flag, crop, size):
+    """Raises ValueError if crops of `crop` px do not fit into images of `size` px."""
     if crop > size:
         raise ValueError(f"{flag} {crop} is larger than the images ({size} px)")
 
@@ -804,7 +805,7 @@ def run_command(main):
     except (ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"{prog}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    if dist.is_initialized():
+    if dist.is_initialized():           # not after an error: other processes may be waiting
         dist.destroy_process_group()
 
 

@@ -197,7 +197,7 @@ class Bench:
                 synthesize_folder(clean, run.adapter_inputs(adapter), adapter, run.sd, run.synth,
                                   run.out / "synth", seed=run.args.seed)
         images, file = [read_image(path) for path in files], run.out / "gains.json"
-        if not file.exists():                                   # also for the column "gain"
+        if not file.exists():                       # for the selection, and the column "gain"
             outputs = teacher_outputs(run.teacher, images, run.device, run.dtype, files)
             gains = teacher_gains(images, outputs, d4ir.clean_crops(run, files, clean))
             d4ir.write_text(file, json.dumps(gains))

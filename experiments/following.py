@@ -113,7 +113,8 @@ def contrast(run, adapter, count=128, groups=4):
 
     kinds, found, nearer = d4ir.TASKS[run.args.task].weather, [], []
     for first in range(0, 2 * count * groups, 2 * count):
-        even, odd = (range(first + i, first + 2 * count, 2) for i in (0, 1))
+        even = range(first, first + 2 * count, 2)
+        odd = range(first + 1, first + 2 * count, 2)
         query, key = embed(even, even)
         _, same_weather = embed(odd, even)
         same_scene, _ = embed(even, odd)
